@@ -1,0 +1,33 @@
+"""Cross-entropy of a language model's output head, without ever storing the logits.
+
+>>> loss = crosscut.linear_cross_entropy(hidden_states, lm_head.weight, labels)
+>>> loss.backward()
+
+The method is Cut Cross-Entropy (arXiv:2411.09009).
+"""
+
+from crosscut.backends import Explanation
+from crosscut.functional import (
+    GradientSparsity,
+    explain,
+    gradient_sparsity,
+    linear_cross_entropy,
+    token_statistics,
+)
+from crosscut.module import LinearCrossEntropy
+from crosscut.options import GradientPolicy
+from crosscut.statistics import TokenStatistics
+
+__all__ = [
+    "Explanation",
+    "GradientPolicy",
+    "GradientSparsity",
+    "LinearCrossEntropy",
+    "TokenStatistics",
+    "explain",
+    "gradient_sparsity",
+    "linear_cross_entropy",
+    "token_statistics",
+]
+
+__version__ = "0.1.0"

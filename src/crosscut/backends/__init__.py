@@ -1,0 +1,70 @@
+"""Backends, and the choice between them: the first without an objection.
+
+An explicit ``backend=`` is never replaced by another, and no exception is swallowed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from crosscut.backends.blocks import BlocksBackend
+from crosscut.backends.protocol import Backend, HeadProblem
+
+_BACKENDS: tuple[Backend, ...] = (BlocksBackend(),)  # in order of preference
+NAMES: tuple[str, ...] = tuple(backend.name for backend in _BACKENDS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Which backend would run a problem, and why not the others. ``print`` it.
+
+    Attributes:
+        backend: the name of the backend chosen, or None if none can serve.
+        verdicts: each backend's objection, in order of preference; None where it can serve.
+    """
+
+    backend: str | None
+    verdicts: dict[str, str | None]
+
+    def __str__(self) -> str:
+        width = max(map(len, self.verdicts))
+        return "\n".join(
+            f"{'>' if name == self.backend else ' '} {name:<{width}}  {why_not or 'can serve this'}"
+            for name, why_not in self.verdicts.items()
+        )
+
+
+def explain(problem: HeadProblem) -> Explanation:
+    """Ask every backend."""
+    check_name(problem.options.backend)
+    verdicts = {backend.name: backend.why_not(problem) for backend in _BACKENDS}
+    wanted = NAMES if problem.options.backend == "auto" else (problem.options.backend,)
+    chosen = next((name for name in wanted if verdicts[name] is None), None)
+    return Explanation(backend=chosen, verdicts=verdicts)
+
+
+def choose(problem: HeadProblem) -> Backend:
+    """The first backend without an objection, or the one that ``options.backend`` names.
+
+    Raises:
+        ValueError: no backend, or not the one named, can serve the problem.
+    """
+    explanation = explain(problem)
+    if explanation.backend is None:
+        wanted = problem.options.backend
+        raise ValueError(
+            f"backend={wanted!r} cannot serve this call: "
+            + "; ".join(
+                f"{name}: {why_not}"
+                for name, why_not in explanation.verdicts.items()
+                if wanted in ("auto", name)
+            )
+        )
+    return _BACKENDS[NAMES.index(explanation.backend)]
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError unless ``name`` is ``"auto"`` or a backend's name."""
+    if name != "auto" and name not in NAMES:
+        choices = ", ".join(map(repr, ("auto", *NAMES)))
+        raise ValueError(f"backend must be one of {choices}, got {name!r}")

@@ -1,0 +1,87 @@
+"""Plain PyTorch on any device: the algorithms in their most readable form.
+
+No [N, V] tensor is ever made. Logits come in blocks of 16 MiB; the workspace is a few of them and
+O(N + V) vectors, whatever N and V. Read :mod:`.forward` beside Algorithms 1 and 2 of the paper
+(arXiv:2411.09009), :mod:`.tile_filter` beside Algorithm 3, and :mod:`.backward` for the gradient
+that crosscut uses by default.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from crosscut.backends.blocks.backward import backward
+from crosscut.backends.blocks.forward import BLOCK_N, KEPT, column_blocks, forward
+from crosscut.backends.blocks.tile_filter import tile_filtered_backward
+from crosscut.backends.protocol import Cotangents, Gradients, HeadProblem, Needs, Statistics
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class BlocksBackend:
+    """The reference backend: serves every float dtype, on every device PyTorch runs on."""
+
+    name = "blocks"
+
+    def why_not(self, problem: HeadProblem) -> str | None:
+        if problem.hidden.dtype not in _DTYPES:
+            return f"needs bfloat16, float16, float32 or float64, got {problem.hidden.dtype}"
+        return None
+
+    def forward(self, problem: HeadProblem, *, for_backward: bool) -> Statistics:
+        _check_labels(problem)
+        return forward(problem, filter_columns=for_backward and _filters_columns(problem))
+
+    def forward_like(self, problem: HeadProblem, *, for_backward: bool) -> Statistics:
+        num_tokens, num_classes = problem.hidden.shape[0], problem.classifier.shape[0]
+        filtered = for_backward and _filters_columns(problem)
+
+        def new(*shape: int) -> torch.Tensor:
+            return problem.hidden.new_empty(shape, dtype=problem.statistics_dtype)
+
+        return Statistics(
+            lse=new(num_tokens),
+            target_logit=new(num_tokens),
+            logit_sum=new(0 if problem.logit_weight is None else num_tokens),
+            column_mass=new(column_blocks(num_tokens) if filtered else 0, num_classes),
+            tail_mass=new(num_tokens if filtered else 0),
+        )
+
+    def backward(
+        self, problem: HeadProblem, statistics: Statistics, cotangents: Cotangents, needs: Needs
+    ) -> Gradients:
+        if problem.options.policy.startswith("cce"):
+            return tile_filtered_backward(problem, statistics, cotangents, needs)
+        return backward(problem, statistics, cotangents, needs)
+
+    def sparsity(self, problem: HeadProblem, statistics: Statistics) -> tuple[float, float]:
+        rows = (problem.labels >= 0).nonzero().squeeze(1)
+        if not len(rows) or not _filters_columns(problem):
+            return 1.0, 0.0
+        kept = (statistics.column_mass == KEPT).double().mean(1)  # [blocks]
+        pairs = sum(
+            len(block) * share.item() for block, share in zip(rows.split(BLOCK_N), kept, strict=False)
+        )
+        return pairs / len(rows), statistics.tail_mass.sum().item() / len(rows)
+
+
+def _filters_columns(problem: HeadProblem) -> bool:
+    """Whether the policy leaves out columns of the softmax.
+
+    A weighted sum of softcapped logits has a gradient at every logit: nothing can be left out.
+    """
+    if problem.logit_weight is not None and problem.options.softcap is not None:
+        return False
+    low_precision = problem.hidden.dtype in (torch.bfloat16, torch.float16)
+    policy = problem.options.policy
+    return policy == "filtered" or (policy == "auto" and low_precision)
+
+
+def _check_labels(problem: HeadProblem) -> None:
+    """Raise for a label out of range, where looking costs no synchronisation."""
+    labels, num_classes = problem.labels, problem.classifier.shape[0]
+    if labels.device.type == "cpu" and labels.numel() and labels.max() >= num_classes:
+        raise IndexError(
+            f"target has a class out of range: classes must be in [0, {num_classes}), "
+            "or ignore_index"
+        )

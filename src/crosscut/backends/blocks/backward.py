@@ -1,0 +1,264 @@
+"""Gradients of the statistics: the softmax made again, where it matters.
+
+With ``g_lse`` and ``g_target`` the cotangents of a token's lse and target_logit, and
+``p = exp(z - lse)``,
+
+    dz[n, v] = g_lse[n] * p[n, v] + g_target[n] * [v = y_n]
+    dH = dz C        dC = dz^T H        d_bias = sum_n dz
+
+times the derivatives of softcap and scale. The columns of each block of tokens are of three kinds:
+
+    kept    few, gathered, in the full precision of the statistics. Among them always the block's
+            labels, so that the onehot is found nowhere else.
+    tail    the rest, where the forward filtered columns: nothing is made again. The tail of p is
+            replaced by the rank-one matrix ``tail_mass x column_mass / total``, which has its row
+            and column sums:
+            dH += (g_lse tail_mass / total) x (column_mass C)
+            dC += column_mass x ((g_lse tail_mass / total) H)
+    dense   the rest, where it did not: swept block by block in the dtype of fast matmuls.
+
+The loop is over blocks of classes: the gradient of a block's classifier rows is complete when the
+block is left and is rounded to the output's dtype once. Only dH accumulates across blocks, in
+float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crosscut.backends.blocks.forward import BLOCK_N, KEPT
+from crosscut.backends.blocks.logits import LogitBlocks, take_rows
+from crosscut.backends.protocol import Cotangents, Gradients, HeadProblem, Needs, Statistics
+
+WORKSPACE = 2**22
+"""Entries of one block of logits, or of classifier rows: 16 MiB in float32."""
+
+DENSE_TOKENS = 2**15
+"""Most tokens of one dense group. One matmul sums over them, and rounds its result once."""
+
+
+def backward(
+    problem: HeadProblem, statistics: Statistics, cotangents: Cotangents, needs: Needs
+) -> Gradients:
+    """The exact gradient, or the filtered one where the forward left a tail."""
+    sweep = _Sweep(problem, statistics, cotangents, needs)
+    num_classes, hidden_size = problem.classifier.shape
+    tallest = max([hidden_size, *(len(tokens.rows) for tokens in sweep.groups)])
+    step = max(128, min(4096, WORKSPACE // tallest))
+    for start in range(0, num_classes, step):
+        sweep.visit(slice(start, min(start + step, num_classes)))
+    return sweep.gradients()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tokens:
+    """Tokens that keep the same classes. Vectors are [n], in the dtype of the statistics."""
+
+    rows: Tensor  # into [N]
+    hidden: Tensor  # [n, D]
+    labels: Tensor
+    lse: Tensor
+    d_lse: Tensor
+    d_target: Tensor
+    d_sum: Tensor | None
+    kept: Tensor  # classes, sorted
+    column_mass: Tensor | None  # [V]: KEPT, or the mass of a column of the tail. None: dense
+    tail_mass: Tensor | None
+    d_hidden: Tensor  # [n, D], accumulates
+
+
+def _group(problem: HeadProblem, statistics: Statistics, cotangents: Cotangents) -> list[_Tokens]:
+    """The tokens that take part: one group a block with a tail, and the others together."""
+
+    def group(rows: Tensor, column_mass: Tensor | None) -> _Tokens:
+        labels = problem.labels[rows]
+        sparse = column_mass is not None
+        d_sum = cotangents.logit_sum
+        return _Tokens(
+            rows=rows,
+            hidden=take_rows(problem.hidden, rows),
+            labels=labels,
+            lse=statistics.lse[rows],
+            d_lse=cotangents.lse[rows],
+            d_target=cotangents.target_logit[rows],
+            d_sum=None if d_sum is None else d_sum[rows],
+            kept=(column_mass == KEPT).nonzero().squeeze(1) if sparse else labels.unique(),
+            column_mass=column_mass,
+            tail_mass=statistics.tail_mass[rows] if sparse else None,
+            d_hidden=statistics.lse.new_zeros(len(rows), problem.hidden.shape[1]),
+        )
+
+    groups, dense = [], []
+    filtered = statistics.column_mass.shape[0] > 0
+    rows = (problem.labels >= 0).nonzero().squeeze(1)
+    for index, block in enumerate(rows.split(BLOCK_N) if len(rows) else ()):
+        if filtered and (statistics.column_mass[index] != KEPT).any():
+            groups.append(group(block, statistics.column_mass[index]))
+        else:
+            dense.append(block)
+    if dense:
+        groups += [group(block, None) for block in torch.cat(dense).split(DENSE_TOKENS)]
+    return groups
+
+
+class _Sweep:
+    """One pass over the vocabulary."""
+
+    def __init__(
+        self, problem: HeadProblem, statistics: Statistics, cotangents: Cotangents, needs: Needs
+    ) -> None:
+        self.problem = problem
+        self.needs = needs
+        self.logits = LogitBlocks(problem)
+        self.groups = _group(problem, statistics, cotangents)
+        self.low_rank = _LowRank(problem, self.groups, statistics.lse)
+        classifier, bias = problem.classifier, problem.bias
+        self.d_classifier = torch.empty_like(classifier) if needs.classifier else None
+        self.d_bias = torch.empty_like(bias) if needs.bias and bias is not None else None
+
+    def visit(self, classes: slice) -> None:
+        """One block of classes; every token. Completes the block's rows of dC and d_bias."""
+        classifier = self.problem.classifier[classes].to(self.logits.fast)
+        d_classifier = self._rows_to_fill(classes)
+        d_bias = self.low_rank.visit(classes, classifier, d_classifier)
+
+        for tokens in self.groups:
+            kept = tokens.kept[(tokens.kept >= classes.start) & (tokens.kept < classes.stop)]
+            for first in range(0, len(tokens.rows) if len(kept) else 0, BLOCK_N):
+                part = slice(first, first + BLOCK_N)
+                hidden = tokens.hidden[part].to(self.logits.dtype)
+                rows = self.problem.classifier[kept].to(self.logits.dtype)
+                dz = self._dz(kept, rows, hidden, tokens, part)  # [kept, n]
+                if self.needs.hidden:
+                    _add_product(tokens.d_hidden[part], dz.t(), rows)
+                if d_classifier is not None:
+                    d_classifier.index_add_(0, kept - classes.start, dz @ hidden)
+                d_bias.index_add_(0, kept - classes.start, dz.sum(1))
+            if tokens.column_mass is None:
+                hidden, part = tokens.hidden.to(self.logits.fast), slice(None)
+                dz = self._dz(classes, classifier, hidden, tokens, part)  # [BLOCK_V, n]
+                dz.index_fill_(0, kept - classes.start, 0)
+                d_bias += dz.sum(1)
+                dz = dz.to(self.logits.fast)
+                if self.needs.hidden:
+                    _add_product(tokens.d_hidden, dz.t(), classifier)
+                if d_classifier is not None:
+                    _add_product(d_classifier, dz, hidden)
+
+        if self.d_classifier is not None and d_classifier is not None:
+            if self.logits.scale != 1:
+                d_classifier.mul_(self.logits.scale)
+            if d_classifier.dtype != self.d_classifier.dtype:
+                self.d_classifier[classes] = d_classifier
+        if self.d_bias is not None:
+            self.d_bias[classes] = d_bias
+
+    def gradients(self) -> Gradients:
+        """What the visits came to."""
+        d_hidden = None
+        if self.needs.hidden:
+            d_hidden = torch.zeros_like(self.problem.hidden)
+            self.low_rank.add_to_d_hidden()
+            for tokens in self.groups:
+                tokens.d_hidden.mul_(self.logits.scale)
+                d_hidden.index_copy_(0, tokens.rows, tokens.d_hidden.to(d_hidden))
+        return Gradients(d_hidden, self.d_classifier, self.d_bias)
+
+    def _rows_to_fill(self, classes: slice) -> Tensor | None:
+        """Where to sum the classifier's gradient: its own rows, if they are wide enough."""
+        if self.d_classifier is None:
+            return None
+        rows = self.d_classifier[classes]
+        return rows if rows.dtype == self.logits.dtype else rows.to(self.logits.dtype)
+
+    def _dz(
+        self,
+        classes: slice | Tensor,
+        classifier: Tensor,
+        hidden: Tensor,
+        tokens: _Tokens,
+        part: slice,
+    ) -> Tensor:
+        """Gradient of the logits before the softcap, [v, n]; the onehot only at kept classes."""
+        problem, logits = self.problem, self.logits
+        lse = tokens.lse[part]
+        reference = logits.reference(lse, hidden.dtype)
+        bias = None if problem.bias is None else problem.bias[classes]
+        dz = logits.block(classifier, bias, hidden, reference)
+        slope = logits.slope(dz, reference)
+        dz.exp_().mul_(tokens.d_lse[part] * (reference - lse).exp())
+        if isinstance(classes, Tensor):
+            labels = tokens.labels[part]
+            row = torch.searchsorted(classes, labels).clamp_max(len(classes) - 1)
+            mine = (classes[row] == labels).nonzero().squeeze(1)
+            dz[row[mine], mine] += tokens.d_target[part][mine]
+        if slope is not None:
+            if tokens.d_sum is not None and problem.logit_weight is not None:
+                dz.addr_(problem.logit_weight[classes].to(dz), tokens.d_sum[part])
+            dz.mul_(slope)
+        return dz
+
+
+class _LowRank:
+    """The part of dz that is a sum of few products ``tokens [n] x classes [V]``.
+
+    One for the tail of each group that has one; one for the logit sum, whose gradient is the same
+    at every logit (without a softcap).
+    """
+
+    def __init__(self, problem: HeadProblem, groups: list[_Tokens], like: Tensor) -> None:
+        self.terms: list[tuple[_Tokens, int, Tensor]] = []  # tokens, row below, [n]
+        across_classes: list[Tensor] = []  # [V] each
+        for tokens in groups:
+            if tokens.column_mass is not None and tokens.tail_mass is not None:
+                mass = tokens.column_mass.clamp_min(0)
+                total = mass.sum()
+                across_tokens = tokens.d_lse * tokens.tail_mass / total
+                across_tokens = torch.where(total > 0, across_tokens, 0)
+                self.terms.append((tokens, len(across_classes), across_tokens))
+                across_classes.append(mass)
+        if problem.logit_weight is not None and problem.options.softcap is None:
+            self.terms += [
+                (tokens, len(across_classes), tokens.d_sum)
+                for tokens in groups
+                if tokens.d_sum is not None
+            ]
+            across_classes.append(problem.logit_weight.to(like))
+
+        rank, hidden_size = len(across_classes), problem.hidden.shape[1]
+        self.across_classes = torch.stack(across_classes) if rank else None  # [rank, V]
+        self.times_hidden = like.new_zeros(rank, hidden_size)
+        self.times_classifier = like.new_zeros(rank, hidden_size)
+        self.times_ones = like.new_zeros(rank)
+        for tokens, row, across_tokens in self.terms:
+            self.times_ones[row] += across_tokens.sum()
+            parts = zip(across_tokens.split(BLOCK_N), tokens.hidden.split(BLOCK_N), strict=True)
+            for values, hidden in parts:
+                self.times_hidden[row] += values @ hidden.to(values)
+
+    def visit(self, classes: slice, classifier: Tensor, d_classifier: Tensor | None) -> Tensor:
+        """Start one block's gradients: fills ``d_classifier`` [v, D], returns d_bias [v]."""
+        if self.across_classes is None:
+            if d_classifier is not None:
+                d_classifier.zero_()
+            return self.times_ones.new_zeros(len(classifier))
+        across_classes = self.across_classes[:, classes]  # [rank, v]
+        self.times_classifier += across_classes.to(classifier) @ classifier
+        if d_classifier is not None:
+            torch.mm(across_classes.t(), self.times_hidden, out=d_classifier)
+        return self.times_ones @ across_classes
+
+    def add_to_d_hidden(self) -> None:
+        for tokens, row, across_tokens in self.terms:
+            tokens.d_hidden.addr_(across_tokens, self.times_classifier[row])
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """``out += left @ right``, in one call where the dtypes agree."""
+    if out.dtype == left.dtype:
+        out.addmm_(left, right)
+    else:
+        out.add_(left @ right)

@@ -1,0 +1,240 @@
+"""Algorithms 1 and 2 of the paper (arXiv:2411.09009), and the column filter.
+
+    target_logit[n] = z[n, y_n]                     (1) indexed matmul, O(N) memory
+    lse[n]          = log sum_v exp z[n, v]         (2) swept over the vocabulary, O(N) memory
+
+The sweep goes over blocks of BLOCK_V classes and BLOCK_N tokens. Each block is made, reduced to a
+sum of exponentials a token, and dropped. 2NVD flop.
+
+**Column filter** (not in the paper, whose filter drops 128 x 128 tiles in the backward). The
+softmax of real text is sparse in columns: over a block of tokens few classes have any mass. So
+the sweep also sums each column of a block, ``sum_n exp(z[n, v] - lse_n)``, and a column whose mean
+over the block's tokens is below DROP_BELOW joins the *tail*, which the backward replaces by the
+rank-one matrix with the same row sums ``tail_mass`` and the same column sums ``column_mass``:
+
+    p[n, v]  ~=  tail_mass[n] * column_mass[v] / sum_v column_mass[v]      (n, v) in the tail
+
+The final lse is not known during the sweep. The running one is: a lower bound, so a column is
+kept rather once too often. *Scouts* bring it close from the start: the classes that are labels in
+this batch hold most of the mass of real text, and there are few of them, so they go first. What
+error remains in a block's column sums is taken out by scaling them to the block's row sums, which
+are known exactly in the end.
+
+Whatever the softmax, the tail's mass is bounded by V * DROP_BELOW: a flat softmax has no column to
+drop. Where more than half of the columns would be kept, all are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from crosscut.backends.blocks.logits import LogitBlocks, take_rows
+from crosscut.backends.protocol import HeadProblem, Statistics
+
+BLOCK_N = 1024
+"""Tokens of one block, and of one decision of the column filter."""
+
+BLOCK_V = 4096
+"""Classes of one block. A block of float32 logits is 16 MiB."""
+
+DROP_BELOW = 2.0**-22
+"""A column of a smaller mean softmax over a block's tokens joins the tail."""
+
+MAX_TAIL_MASS = 2.0**-4
+"""DROP_BELOW is lowered where needed to bound the tail's share of the softmax by this."""
+
+MAX_SCOUTS = 4096
+
+OVERFLOW = 80.0
+"""An exponent from which on a block is made again, relative to its own highest logit."""
+
+KEPT = -1.0
+"""What ``column_mass`` says of a column that is not in the tail."""
+
+
+def column_blocks(num_tokens: int) -> int:
+    """Rows of ``column_mass``: blocks of tokens that decide together."""
+    return math.ceil(num_tokens / BLOCK_N)
+
+
+def forward(problem: HeadProblem, *, filter_columns: bool) -> Statistics:
+    """The statistics of every row that takes part; zeros elsewhere."""
+    rows = (problem.labels >= 0).nonzero().squeeze(1)  # [R]
+    sweep = _Sweep(problem, rows, filter_columns=filter_columns)
+    if len(rows):
+        sweep.visit_scouts()
+        for start in range(0, sweep.num_classes, BLOCK_V):
+            sweep.visit(start)
+
+    def scatter(values: Tensor) -> Tensor:
+        return values.new_zeros(problem.labels.shape).index_copy_(0, rows, values)
+
+    def none() -> Tensor:
+        return sweep.lse.new_empty(0)
+
+    return Statistics(
+        lse=scatter(sweep.lse),
+        target_logit=scatter(sweep.target_logit),
+        logit_sum=none() if problem.logit_weight is None else scatter(sweep.finish_logit_sum()),
+        column_mass=sweep.column_mass,
+        tail_mass=scatter(sweep.settle_tail()) if filter_columns else none(),
+    )
+
+
+class _Sweep:
+    """One pass over the vocabulary. Vectors are [R], for the R rows that take part."""
+
+    def __init__(self, problem: HeadProblem, rows: Tensor, *, filter_columns: bool) -> None:
+        self.problem = problem
+        self.logits = LogitBlocks(problem)
+        self.num_classes = problem.classifier.shape[0]
+        self.labels = problem.labels[rows]
+        self.token_blocks = rows.split(BLOCK_N) if len(rows) else ()
+
+        zeros = torch.zeros(rows.shape, dtype=self.logits.dtype, device=rows.device)
+        self.lse = torch.full_like(zeros, -math.inf)
+        self.target_logit = self._indexed_matmul(zeros.clone())
+        # What the next block is made relative to: the running log-sum-exp, and before there is
+        # one the target's logit. Always finite.
+        self.reference = torch.where(self.target_logit.isfinite(), self.target_logit, 0)
+
+        self.weight = problem.logit_weight
+        self.logit_sum = zeros.clone()  # with a softcap; otherwise a single product at the end
+        self.mean_row = zeros.new_zeros(problem.classifier.shape[1])  # [D], logit_weight @ C
+
+        self.filter_columns = filter_columns
+        wants_scouts = filter_columns or self.logits.fast != self.logits.dtype
+        most = min(MAX_SCOUTS, self.num_classes // 16) if wants_scouts else 0
+        self.scouts = _most_frequent(self.labels, most)  # sorted
+        blocks = column_blocks(problem.labels.shape[0]) if filter_columns else 0
+        self.column_mass = zeros.new_zeros(blocks, self.num_classes)
+        self.column_mass[:, self.scouts] = KEPT
+        if filter_columns:
+            for index, part, _ in self._tokens():
+                self.column_mass[index, self.labels[part]] = KEPT
+        self.log_tail: list[Tensor] = []  # of each block of classes, [R]
+
+    def visit_scouts(self) -> None:
+        """The classes that hold most of the mass, in the full precision of the statistics."""
+        for classes in self.scouts.split(BLOCK_V // 4) if len(self.scouts) else ():
+            classifier = self.problem.classifier[classes].to(self.logits.dtype)
+            for _, part, hidden in self._tokens():
+                block, _, reference = self._exponentials(
+                    classes, classifier, hidden.to(classifier), part
+                )
+                self._add_to_lse(block, reference, part)
+
+    def visit(self, start: int) -> None:
+        """One block of classes, less the scouts; every token, BLOCK_N at a time."""
+        classes = slice(start, start + BLOCK_V)
+        classifier = self.problem.classifier[classes].to(self.logits.fast)  # [BLOCK_V, D]
+        scouts = self.scouts[(self.scouts >= start) & (self.scouts < start + BLOCK_V)] - start
+        log_tail = torch.full_like(self.lse, -math.inf)
+        for index, part, hidden in self._tokens():
+            block, slope, reference = self._exponentials(
+                classes, classifier, hidden.to(classifier), part
+            )  # [BLOCK_V, BLOCK_N]
+            block.index_fill_(0, scouts, 0)
+            self._add_to_lse(block, reference, part)
+            if self.filter_columns:
+                if slope is not None:
+                    block.mul_(slope)
+                log_tail[part] = self._filter(block, reference, index, part, classes) + reference
+        if self.filter_columns:
+            self.log_tail.append(log_tail)
+        if self.weight is not None and self.logits.softcap is None:
+            self.mean_row += self.weight[classes].to(self.mean_row) @ classifier.to(self.mean_row)
+
+    def _filter(
+        self, block: Tensor, reference: Tensor, index: int, part: slice, classes: slice
+    ) -> Tensor:
+        """Decide each column of a block; log of the tail's mass of each token, less reference."""
+        mass = block @ (reference - self.lse[part]).exp()  # [BLOCK_V]
+        threshold = block.shape[1] * min(DROP_BELOW, MAX_TAIL_MASS / self.num_classes)
+        column_mass = self.column_mass[index, classes]
+        dropped = (mass < threshold) & (column_mass != KEPT)  # a NaN is kept
+        column_mass.copy_(torch.where(dropped, mass, KEPT))
+        return (dropped.to(block) @ block).log()
+
+    def settle_tail(self) -> Tensor:
+        """Tail mass [R] under the final lse; column masses rescaled to it, or all kept."""
+        if not self.log_tail:
+            return self.lse
+        tails = (torch.stack(self.log_tail) - self.lse).exp()  # [class blocks, R]
+        tail_mass = tails.sum(0)
+        for index, part, _ in self._tokens():
+            mass = self.column_mass[index]
+            if (mass == KEPT).float().mean() > 0.5:
+                mass.fill_(KEPT)
+                tail_mass[part] = 0
+                continue
+            for true, block in zip(tails[:, part].sum(1), mass.split(BLOCK_V), strict=True):
+                dropped = block != KEPT
+                running = block[dropped].sum()
+                factor = torch.where(running > 0, true / running, 0)
+                block.copy_(torch.where(dropped, block * factor, KEPT))
+        return tail_mass
+
+    def finish_logit_sum(self) -> Tensor:
+        """``sum_v weight[v] * z[n, v]`` of each row [R]."""
+        if self.logits.softcap is None:
+            assert self.weight is not None
+            for _, part, hidden in self._tokens():
+                self.logit_sum[part] = hidden.to(self.mean_row) @ self.mean_row
+            self.logit_sum *= self.logits.scale
+            if self.problem.bias is not None:
+                self.logit_sum += (self.weight * self.problem.bias).sum()
+        return self.logit_sum
+
+    def _tokens(self) -> Iterator[tuple[int, slice, Tensor]]:
+        """Number, slice of the [R] vectors, and hidden states [n, D] of each block of tokens."""
+        for index, rows in enumerate(self.token_blocks):
+            first = index * BLOCK_N
+            yield index, slice(first, first + len(rows)), take_rows(self.problem.hidden, rows)
+
+    def _indexed_matmul(self, target_logit: Tensor) -> Tensor:
+        """Algorithm 1: each hidden state times the classifier row of its label."""
+        for _, part, hidden in self._tokens():
+            labels = self.labels[part]
+            products = (hidden.to(target_logit) * self.problem.classifier[labels]).sum(1)
+            bias = None if self.problem.bias is None else self.problem.bias[labels]
+            target_logit[part] = self.logits.activate(products, bias)
+        return target_logit
+
+    def _exponentials(
+        self, classes: slice | Tensor, classifier: Tensor, hidden: Tensor, part: slice
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """One block of Algorithm 2, before its sum: ``exp(logits - reference)``.
+
+        Returns the exponentials [v, n], the slope of the softcap where the column filter wants
+        it, and the reference [n].
+        """
+        bias = None if self.problem.bias is None else self.problem.bias[classes]
+        reference = self.logits.reference(self.reference[part], hidden.dtype)
+        block = self.logits.block(classifier, bias, hidden, reference)
+        if not block.amax() < OVERFLOW:  # or a logit is inf or NaN
+            reference = reference + block.amax(0).clamp_min(0)
+            reference = self.logits.reference(reference, hidden.dtype)
+            block = self.logits.block(classifier, bias, hidden, reference)
+        if self.weight is not None and self.logits.softcap is not None:
+            weight = self.weight[classes].to(block)
+            self.logit_sum[part] += weight @ block + weight.sum() * reference
+        slope = self.logits.slope(block, reference) if self.filter_columns else None
+        return block.exp_(), slope, reference
+
+    def _add_to_lse(self, exponentials: Tensor, reference: Tensor, part: slice) -> None:
+        lse = torch.logaddexp(self.lse[part], reference + exponentials.sum(0).log())
+        self.lse[part] = lse
+        self.reference[part] = torch.where(lse.isfinite(), lse, self.reference[part])
+
+
+def _most_frequent(labels: Tensor, most: int) -> Tensor:
+    """The distinct labels, or the ``most`` frequent of them, sorted."""
+    distinct, counts = labels.unique(return_counts=True)
+    if len(distinct) > most:
+        distinct = distinct[counts.argsort(descending=True, stable=True)[:most]].sort().values
+    return distinct

@@ -1,0 +1,68 @@
+"""The loss as a module, with options where others have hyper-parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from crosscut.functional import linear_cross_entropy
+from crosscut.options import GradientPolicy, LossOptions, Reduction
+
+
+class LinearCrossEntropy(nn.Module):
+    """:func:`crosscut.linear_cross_entropy` with its options fixed; holds no parameter.
+
+    Args:
+        weight: class weights ``[V]``, kept as a buffer that moves with the module.
+
+    The other arguments are those of :func:`crosscut.linear_cross_entropy`.
+
+    Example:
+        >>> loss_fn = crosscut.LinearCrossEntropy(shift=1)
+        >>> loss = loss_fn(hidden_states, lm_head.weight, input_ids)
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        weight: Tensor | None = None,
+        reduction: Reduction = "mean",
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        shift: int = 0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        z_loss: float = 0.0,
+        policy: GradientPolicy = "auto",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+        self.options = LossOptions(
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            shift=shift,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            z_loss=z_loss,
+            policy=policy,
+            backend=backend,
+        )
+
+    def forward(
+        self, input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None = None
+    ) -> Tensor:
+        """Loss of ``input [..., D]`` against ``target [...]`` under the head ``[V, D]``."""
+        options: dict[str, Any] = vars(self.options)
+        return linear_cross_entropy(
+            input, linear_weight, target, linear_bias=linear_bias, weight=self.weight, **options
+        )
+
+    def extra_repr(self) -> str:
+        default = LossOptions()
+        changed = {k: v for k, v in vars(self.options).items() if v != getattr(default, k)}
+        return ", ".join(f"{name}={value!r}" for name, value in changed.items())

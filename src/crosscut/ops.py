@@ -1,0 +1,190 @@
+"""The head's statistics as PyTorch custom operators: schema, shapes for tracing, autograd.
+
+Two operators, ``crosscut::token_statistics`` and ``crosscut::token_statistics_backward``. Options
+travel as records everywhere else; only here are they flattened to what a schema can hold.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crosscut.backends import choose
+from crosscut.backends.protocol import Cotangents, HeadProblem, Needs, Statistics
+from crosscut.options import HeadOptions
+
+
+def token_statistics(problem: HeadProblem, *, for_backward: bool) -> Statistics:
+    """The statistics of a head's softmax, differentiable in hidden, classifier and bias."""
+    options = problem.options
+    return Statistics(
+        *_token_statistics(
+            problem.hidden,
+            problem.classifier,
+            problem.bias,
+            problem.labels,
+            problem.logit_weight,
+            options.softcap,
+            options.logit_scale,
+            options.policy,
+            options.backend,
+            for_backward,
+        )
+    )
+
+
+@torch.library.custom_op("crosscut::token_statistics", mutates_args=())
+def _token_statistics(
+    hidden: Tensor,
+    classifier: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    logit_weight: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    policy: str,
+    backend: str,
+    for_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    problem = _problem(
+        (hidden, classifier, bias, labels, logit_weight), softcap, logit_scale, policy, backend
+    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        return tuple(choose(problem).forward(problem, for_backward=for_backward))
+
+
+@_token_statistics.register_fake
+def _(
+    hidden: Tensor,
+    classifier: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    logit_weight: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    policy: str,
+    backend: str,
+    for_backward: bool,
+) -> tuple[Tensor, ...]:
+    problem = _problem(
+        (hidden, classifier, bias, labels, logit_weight), softcap, logit_scale, policy, backend
+    )
+    return tuple(choose(problem).forward_like(problem, for_backward=for_backward))
+
+
+@torch.library.custom_op("crosscut::token_statistics_backward", mutates_args=())
+def _token_statistics_backward(
+    d_lse: Tensor,
+    d_target_logit: Tensor,
+    d_logit_sum: Tensor | None,
+    statistics: list[Tensor],
+    hidden: Tensor,
+    classifier: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    logit_weight: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    policy: str,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem = _problem(
+        (hidden, classifier, bias, labels, logit_weight), softcap, logit_scale, policy, backend
+    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        gradients = choose(problem).backward(
+            problem,
+            Statistics(*statistics),
+            Cotangents(d_lse, d_target_logit, d_logit_sum),
+            Needs(*needs),
+        )
+    return tuple(hidden.new_empty(0) if grad is None else grad for grad in gradients)
+
+
+@_token_statistics_backward.register_fake
+def _(
+    d_lse: Tensor,
+    d_target_logit: Tensor,
+    d_logit_sum: Tensor | None,
+    statistics: list[Tensor],
+    hidden: Tensor,
+    classifier: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    logit_weight: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    policy: str,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    wanted = zip((hidden, classifier, bias), needs, strict=True)
+    return tuple(
+        hidden.new_empty(value.shape if value is not None and need else 0) for value, need in wanted
+    )
+
+
+def _problem(
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None],
+    softcap: float | None,
+    logit_scale: float,
+    policy: str,
+    backend: str,
+) -> HeadProblem:
+    hidden, classifier, bias, labels, logit_weight = tensors
+    options = HeadOptions(
+        softcap=softcap,
+        logit_scale=logit_scale,
+        policy=policy,  # pyright: ignore[reportArgumentType]
+        backend=backend,
+    )
+    return HeadProblem(
+        hidden=hidden,
+        classifier=classifier,
+        bias=bias,
+        labels=labels,
+        logit_weight=logit_weight,
+        options=options,
+    )
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    hidden, classifier, bias, labels, logit_weight, *ctx.options, _ = inputs
+    ctx.save_for_backward(hidden, classifier, bias, labels, logit_weight, *output)
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, d_lse, d_target_logit, d_logit_sum, *_) -> tuple[Tensor | None, ...]:
+    hidden, classifier, bias, labels, logit_weight, *statistics = ctx.saved_tensors
+    zeros = torch.zeros_like(statistics[0])
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = _token_statistics_backward(
+        zeros if d_lse is None else d_lse,
+        zeros if d_target_logit is None else d_target_logit,
+        d_logit_sum,
+        statistics,
+        hidden,
+        classifier,
+        bias,
+        labels,
+        logit_weight,
+        *ctx.options,
+        needs,
+    )
+    inputs = [grad if need else None for grad, need in zip(gradients, needs, strict=True)]
+    return (*inputs, *[None] * 7)
+
+
+def _no_double_backward(ctx, *_) -> None:
+    raise RuntimeError(
+        "crosscut has no double backward: the gradients of token_statistics and "
+        "linear_cross_entropy cannot be differentiated again (create_graph=True)"
+    )
+
+
+torch.library.register_autograd(
+    "crosscut::token_statistics", _backward, setup_context=_save_for_backward
+)
+torch.library.register_autograd("crosscut::token_statistics_backward", _no_double_backward)

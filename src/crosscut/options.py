@@ -1,0 +1,105 @@
+"""What a loss is asked to do: frozen, keyword-only records, and every check of their values.
+
+This is the lowest layer: it imports nothing of crosscut.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+GradientPolicy = Literal[
+    "auto", "filtered", "exact", "cce", "cce_kahan", "cce_kahan_full_c", "cce_kahan_full_e"
+]
+"""How much of the softmax the backward computes.
+
+- ``"auto"``: never less accurate than the standard PyTorch loss in the inputs' dtype, and as fast
+  as the softmax's sparsity allows. In bfloat16 and float16 this is the column filter with the
+  tail correction, or every column where the softmax is flat; in float32 and float64 it is
+  ``"exact"``.
+- ``"filtered"``: the column filter with the tail correction, whatever the dtype.
+- ``"exact"``: every entry of the softmax (2NVD flop to make the logits again, 4NVD for the
+  gradients).
+- ``"cce"``: Algorithm 3 of the paper (arXiv:2411.09009): 128 x 128 tiles whose every
+  ``|softmax - onehot|`` is below 2**-12 are skipped, the vocabulary is sorted by mean logit, and
+  gradients accumulate in their own dtype.
+- ``"cce_kahan"``: the same with float32 accumulation.
+- ``"cce_kahan_full_c"``: the same, and no filter on the classifier's gradient.
+- ``"cce_kahan_full_e"``: the same, and no filter on the hidden states' gradient.
+"""
+
+Reduction = Literal["none", "mean", "sum"]
+
+POLICIES: tuple[str, ...] = get_args(GradientPolicy)
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOptions:
+    """How the head makes its logits, and how they are to be computed.
+
+    The logits are ``softcap * tanh((logit_scale * hidden @ classifier.T + bias) / softcap)``,
+    without the tanh where ``softcap`` is None.
+    """
+
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    policy: GradientPolicy = "auto"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.softcap is not None:
+            _check_number("softcap", self.softcap, "a positive finite number or None")
+            if not 0 < self.softcap < math.inf:
+                raise ValueError(f"softcap must be a positive finite number, got {self.softcap}")
+        _check_number("logit_scale", self.logit_scale, "a finite number")
+        if not math.isfinite(self.logit_scale):
+            raise ValueError(f"logit_scale must be a finite number, got {self.logit_scale}")
+        _check_choice("policy", self.policy, POLICIES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions(HeadOptions):
+    """How per-token statistics become a loss. See :func:`crosscut.linear_cross_entropy`."""
+
+    reduction: Reduction = "mean"
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    shift: int = 0
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice("reduction", self.reduction, REDUCTIONS)
+        check_integer("ignore_index", self.ignore_index)
+        check_shift(self.shift)
+        _check_number("label_smoothing", self.label_smoothing, "a number in [0, 1]")
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must be in [0, 1], got {self.label_smoothing}")
+        _check_number("z_loss", self.z_loss, "a finite number >= 0")
+        if not 0 <= self.z_loss < math.inf:
+            raise ValueError(f"z_loss must be a finite number >= 0, got {self.z_loss}")
+
+
+def check_shift(shift: Any) -> None:
+    """Raise unless ``shift`` is an integer >= 0."""
+    check_integer("shift", shift)
+    if shift < 0:
+        raise ValueError(f"shift must be >= 0, got {shift}")
+
+
+def check_integer(name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is an int."""
+    if not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
+def _check_number(name: str, value: Any, needed: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be {needed}, got {type(value).__name__}")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

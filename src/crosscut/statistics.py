@@ -1,0 +1,78 @@
+"""Per-token statistics, and the losses that are arithmetic on them.
+
+Everything here is plain PyTorch on [N] vectors. Adding a loss means adding a few lines here; the
+kernels know nothing of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crosscut.options import LossOptions
+from crosscut.tokens import IGNORED
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenStatistics:
+    """What a linear head's softmax says of each token, in the shape of the targets.
+
+    All are float32 (float64 for float64 inputs), differentiable, and 0 where the target is
+    ignored.
+
+    Attributes:
+        lse: log-sum-exp of the token's logits, in nats.
+        target_logit: logit of the token's target.
+    """
+
+    lse: Tensor
+    target_logit: Tensor
+
+    @property
+    def log_prob(self) -> Tensor:
+        """Log-probability of the target, in nats: ``target_logit - lse``."""
+        return self.target_logit - self.lse
+
+
+def cross_entropy(
+    statistics: TokenStatistics,
+    logit_mean: Tensor | None,
+    labels: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+) -> Tensor:
+    """The loss of each token [N], with class weights, label smoothing and z-loss.
+
+    With ``w`` the class weights (1 if None), ``s`` the smoothing and V the number of classes:
+    ``(1 - s) * w_y * (lse - z_y) + s / V * sum_v w_v * (lse - z_v) + z_loss * lse**2``, the first
+    two terms as in :class:`torch.nn.CrossEntropyLoss`.
+
+    Args:
+        statistics: [N] vectors.
+        logit_mean: [N], ``1 / V * sum_v w_v * z_v``; needed where ``label_smoothing`` is not 0.
+        labels: [N], a class or ``IGNORED``.
+        weight: [V] class weights, or None.
+        options: the loss's options.
+    """
+    smoothing = options.label_smoothing
+    loss = -statistics.log_prob
+    if weight is not None:
+        loss = loss * weight[labels.clamp_min(0)]
+    if logit_mean is not None:
+        weight_mean = 1.0 if weight is None else weight.mean()
+        loss = (1 - smoothing) * loss + smoothing * (statistics.lse * weight_mean - logit_mean)
+    if options.z_loss:
+        loss = loss + options.z_loss * statistics.lse**2
+    return loss
+
+
+def reduce(loss: Tensor, labels: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """Sum the losses [N], or their mean over the tokens kept, weighted by their class weights."""
+    if reduction == "sum":
+        return loss.sum()
+    kept = labels != IGNORED
+    if weight is None:
+        return loss.sum() / kept.sum()
+    return loss.sum() / torch.where(kept, weight[labels.clamp_min(0)], 0).sum()
