@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from crosscut.backends.blocks.backward import backward
-from crosscut.backends.blocks.forward import BLOCK_N, KEPT, column_blocks, forward
+from crosscut.backends.blocks.backward import compute_gradients
+from crosscut.backends.blocks.forward import BLOCK_N, KEPT, column_blocks, compute_statistics
 from crosscut.backends.blocks.tile_filter import tile_filtered_backward
 from crosscut.backends.protocol import Cotangents, Gradients, HeadProblem, Needs, Statistics
 
@@ -30,7 +30,7 @@ class BlocksBackend:
 
     def forward(self, problem: HeadProblem, *, for_backward: bool) -> Statistics:
         _check_labels(problem)
-        return forward(problem, filter_columns=for_backward and _filters_columns(problem))
+        return compute_statistics(problem, filter_columns=for_backward and _filters_columns(problem))
 
     def forward_like(self, problem: HeadProblem, *, for_backward: bool) -> Statistics:
         num_tokens, num_classes = problem.hidden.shape[0], problem.classifier.shape[0]
@@ -52,7 +52,7 @@ class BlocksBackend:
     ) -> Gradients:
         if problem.options.policy.startswith("cce"):
             return tile_filtered_backward(problem, statistics, cotangents, needs)
-        return backward(problem, statistics, cotangents, needs)
+        return compute_gradients(problem, statistics, cotangents, needs)
 
     def sparsity(self, problem: HeadProblem, statistics: Statistics) -> tuple[float, float]:
         rows = (problem.labels >= 0).nonzero().squeeze(1)

@@ -40,16 +40,13 @@ DENSE_TOKENS = 2**15
 """Most tokens of one dense group. One matmul sums over them, and rounds its result once."""
 
 
-def backward(
+def compute_gradients(
     problem: HeadProblem, statistics: Statistics, cotangents: Cotangents, needs: Needs
 ) -> Gradients:
     """The exact gradient, or the filtered one where the forward left a tail."""
     sweep = _Sweep(problem, statistics, cotangents, needs)
-    num_classes, hidden_size = problem.classifier.shape
-    tallest = max([hidden_size, *(len(tokens.rows) for tokens in sweep.groups)])
-    step = max(128, min(4096, WORKSPACE // tallest))
-    for start in range(0, num_classes, step):
-        sweep.visit(slice(start, min(start + step, num_classes)))
+    for start in range(0, len(problem.classifier), sweep.step):
+        sweep.visit(slice(start, min(start + sweep.step, len(problem.classifier))))
     return sweep.gradients()
 
 
@@ -116,7 +113,12 @@ class _Sweep:
         self.groups = _group(problem, statistics, cotangents)
         self.low_rank = _LowRank(problem, self.groups, statistics.lse)
         classifier, bias = problem.classifier, problem.bias
+        largest = max([classifier.shape[1], *(len(tokens.rows) for tokens in self.groups)])
+        self.step = max(128, min(4096, WORKSPACE // largest))  # classes of one visit
         self.d_classifier = torch.empty_like(classifier) if needs.classifier else None
+        self._wide_rows = statistics.lse.new_empty(0, classifier.shape[1])
+        if needs.classifier and classifier.dtype != self.logits.dtype:
+            self._wide_rows = statistics.lse.new_empty(self.step, classifier.shape[1])
         self.d_bias = torch.empty_like(bias) if needs.bias and bias is not None else None
 
     def visit(self, classes: slice) -> None:
@@ -172,7 +174,7 @@ class _Sweep:
         if self.d_classifier is None:
             return None
         rows = self.d_classifier[classes]
-        return rows if rows.dtype == self.logits.dtype else rows.to(self.logits.dtype)
+        return rows if rows.dtype == self.logits.dtype else self._wide_rows[: len(rows)]
 
     def _dz(
         self,

@@ -41,10 +41,10 @@ BLOCK_N = 1024
 BLOCK_V = 4096
 """Classes of one block. A block of float32 logits is 16 MiB."""
 
-DROP_BELOW = 2.0**-22
+DROP_BELOW = 2.0**-21
 """A column of a smaller mean softmax over a block's tokens joins the tail."""
 
-MAX_TAIL_MASS = 2.0**-4
+MAX_TAIL_MASS = 2.0**-3
 """DROP_BELOW is lowered where needed to bound the tail's share of the softmax by this."""
 
 MAX_SCOUTS = 4096
@@ -61,7 +61,7 @@ def column_blocks(num_tokens: int) -> int:
     return math.ceil(num_tokens / BLOCK_N)
 
 
-def forward(problem: HeadProblem, *, filter_columns: bool) -> Statistics:
+def compute_statistics(problem: HeadProblem, *, filter_columns: bool) -> Statistics:
     """The statistics of every row that takes part; zeros elsewhere."""
     rows = (problem.labels >= 0).nonzero().squeeze(1)  # [R]
     sweep = _Sweep(problem, rows, filter_columns=filter_columns)

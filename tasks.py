@@ -1,0 +1,116 @@
+#!/usr/bin/env python3
+"""The task file: everything a newcomer or CI runs, from nothing but Python 3.10.
+
+Each task first makes ``.venv`` and installs what it needs into it, once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
+CONSTRAINTS = ROOT / "constraints" / "cpu.txt"
+
+
+def run(*command: str | Path) -> None:
+    """Show a command and run it in the repository; end the task if it fails."""
+    words = [str(word) for word in command]
+    print("$", " ".join(words), flush=True)
+    code = subprocess.run(words, cwd=ROOT, check=False).returncode
+    if code:
+        sys.exit(code)
+
+
+def tool(name: str, *arguments: str) -> None:
+    """Run a tool of the virtual environment."""
+    run(BIN / name, *arguments)
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA GPU answers."""
+    smi = shutil.which("nvidia-smi")
+    return smi is not None and subprocess.run([smi, "-L"], capture_output=True).returncode == 0
+
+
+def setup(_: list[str]) -> None:
+    """Make .venv and install crosscut, the bench, and our tools into it."""
+    pyproject = (ROOT / "pyproject.toml").read_bytes()
+    wanted = hashlib.sha256(pyproject + CONSTRAINTS.read_bytes()).hexdigest()
+    stamp = VENV / "installed.sha256"
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    if not BIN.exists():
+        print("$ python -m venv", VENV, flush=True)
+        venv.create(VENV, with_pip=True)
+    pip = (BIN / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    run(*pip, "--upgrade", "pip>=25.1")  # the first that knows --group
+    constraints = () if has_gpu() else ("--constraint", CONSTRAINTS)
+    run(*pip, *constraints, "torch")
+    run(*pip, *constraints, "--editable", ".[bench]", "--group", "dev")
+    stamp.write_text(wanted)
+
+
+def bench(arguments: list[str]) -> None:
+    """Crosscut beside PyTorch on the output head of Gemma 3 270M. Arguments go to the bench."""
+    setup([])
+    tool("crosscut", "bench", "--workload", "gemma3-270m", *arguments)
+
+
+def lint(_: list[str]) -> None:
+    """Style, types, and the direction of imports."""
+    setup([])
+    tool("ruff", "check")
+    tool("ruff", "format", "--check")
+    tool("pyright")
+    tool("lint-imports")
+
+
+def test(arguments: list[str]) -> None:
+    """Lint, then every test that this machine can run. Arguments go to pytest."""
+    lint([])
+    tool("pytest", *arguments)
+
+
+def fix(_: list[str]) -> None:
+    """Format, and mend what ruff can."""
+    setup([])
+    tool("ruff", "check", "--fix")
+    tool("ruff", "format")
+
+
+def clean(_: list[str]) -> None:
+    """Remove .venv and caches."""
+    for name in (".venv", ".pytest_cache", ".ruff_cache", ".hypothesis", ".import_linter_cache"):
+        shutil.rmtree(ROOT / name, ignore_errors=True)
+
+
+TASKS: tuple[Callable[[list[str]], None], ...] = (setup, bench, test, lint, fix, clean)
+
+
+def main() -> None:
+    """Read the command line."""
+    tasks = {task.__name__: task for task in TASKS}
+    lines = [f"  {name:6} {task.__doc__}" for name, task in tasks.items()]
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="tasks:\n" + "\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("task", choices=tasks, metavar="task")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on")
+    options = parser.parse_args()
+    tasks[options.task](options.arguments)
+
+
+if __name__ == "__main__":
+    main()
