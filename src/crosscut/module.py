@@ -54,7 +54,11 @@ class LinearCrossEntropy(nn.Module):
         )
 
     def forward(
-        self, input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None = None
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        linear_bias: Tensor | None = None,
     ) -> Tensor:
         """Loss of ``input [..., D]`` against ``target [...]`` under the head ``[V, D]``."""
         options: dict[str, Any] = vars(self.options)

@@ -50,7 +50,7 @@ def _token_statistics(
         (hidden, classifier, bias, labels, logit_weight), softcap, logit_scale, policy, backend
     )
     with torch.autocast(hidden.device.type, enabled=False):
-        return tuple(choose(problem).forward(problem, for_backward=for_backward))
+        return choose(problem).forward(problem, for_backward=for_backward)
 
 
 @_token_statistics.register_fake
@@ -69,7 +69,7 @@ def _(
     problem = _problem(
         (hidden, classifier, bias, labels, logit_weight), softcap, logit_scale, policy, backend
     )
-    return tuple(choose(problem).forward_like(problem, for_backward=for_backward))
+    return choose(problem).forward_like(problem, for_backward=for_backward)
 
 
 @torch.library.custom_op("crosscut::token_statistics_backward", mutates_args=())
@@ -99,7 +99,10 @@ def _token_statistics_backward(
             Cotangents(d_lse, d_target_logit, d_logit_sum),
             Needs(*needs),
         )
-    return tuple(hidden.new_empty(0) if grad is None else grad for grad in gradients)
+    d_hidden, d_classifier, d_bias = (
+        hidden.new_empty(0) if grad is None else grad for grad in gradients
+    )
+    return d_hidden, d_classifier, d_bias
 
 
 @_token_statistics_backward.register_fake
@@ -160,21 +163,16 @@ def _backward(ctx, d_lse, d_target_logit, d_logit_sum, *_) -> tuple[Tensor | Non
     hidden, classifier, bias, labels, logit_weight, *statistics = ctx.saved_tensors
     zeros = torch.zeros_like(statistics[0])
     needs = list(ctx.needs_input_grad[:3])
-    gradients = _token_statistics_backward(
+    cotangents = (
         zeros if d_lse is None else d_lse,
         zeros if d_target_logit is None else d_target_logit,
-        d_logit_sum,
-        statistics,
-        hidden,
-        classifier,
-        bias,
-        labels,
-        logit_weight,
-        *ctx.options,
-        needs,
+        None if logit_weight is None else d_logit_sum,
     )
-    inputs = [grad if need else None for grad, need in zip(gradients, needs, strict=True)]
-    return (*inputs, *[None] * 7)
+    inputs = (hidden, classifier, bias, labels, logit_weight)
+    arguments = (*cotangents, statistics, *inputs, *ctx.options, needs)
+    gradients = _token_statistics_backward(*arguments)
+    wanted = [grad if need else None for grad, need in zip(gradients, needs, strict=True)]
+    return (*wanted, *[None] * 7)
 
 
 def _no_double_backward(ctx, *_) -> None:

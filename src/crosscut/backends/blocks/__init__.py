@@ -30,7 +30,8 @@ class BlocksBackend:
 
     def forward(self, problem: HeadProblem, *, for_backward: bool) -> Statistics:
         _check_labels(problem)
-        return compute_statistics(problem, filter_columns=for_backward and _filters_columns(problem))
+        filtered = for_backward and _filters_columns(problem)
+        return compute_statistics(problem, filter_columns=filtered)
 
     def forward_like(self, problem: HeadProblem, *, for_backward: bool) -> Statistics:
         num_tokens, num_classes = problem.hidden.shape[0], problem.classifier.shape[0]
@@ -58,11 +59,10 @@ class BlocksBackend:
         rows = (problem.labels >= 0).nonzero().squeeze(1)
         if not len(rows) or not _filters_columns(problem):
             return 1.0, 0.0
-        kept = (statistics.column_mass == KEPT).double().mean(1)  # [blocks]
-        pairs = sum(
-            len(block) * share.item() for block, share in zip(rows.split(BLOCK_N), kept, strict=False)
-        )
-        return pairs / len(rows), statistics.tail_mass.sum().item() / len(rows)
+        kept = (statistics.column_mass == KEPT).double().mean(1)[: column_blocks(len(rows))]
+        sizes = kept.new_tensor([len(block) for block in rows.split(BLOCK_N)])
+        tail = statistics.tail_mass.sum().item()
+        return (sizes @ kept).item() / len(rows), tail / len(rows)
 
 
 def _filters_columns(problem: HeadProblem) -> bool:

@@ -192,7 +192,7 @@ class _Sweep:
         dz = logits.block(classifier, bias, hidden, reference)
         slope = logits.slope(dz, reference)
         dz.exp_().mul_(tokens.d_lse[part] * (reference - lse).exp())
-        if isinstance(classes, Tensor):
+        if not isinstance(classes, slice):
             labels = tokens.labels[part]
             row = torch.searchsorted(classes, labels).clamp_max(len(classes) - 1)
             mine = (classes[row] == labels).nonzero().squeeze(1)
