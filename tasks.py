@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The task file: everything a newcomer or CI runs, from nothing but Python 3.10.
+"""The task file: everything a newcomer or CI runs, from nothing but Python 3.11.
 
 Each task first makes ``.venv`` and installs what it needs into it, once.
 """

@@ -115,7 +115,7 @@ class _Sweep:
         classifier, bias = problem.classifier, problem.bias
         largest = max([classifier.shape[1], *(len(tokens.rows) for tokens in self.groups)])
         self.step = max(128, min(4096, WORKSPACE // largest))  # classes of one visit
-        self.d_classifier = torch.empty_like(classifier) if needs.classifier else None
+        self.d_classifier = classifier.new_empty(classifier.shape) if needs.classifier else None
         self._wide_rows = statistics.lse.new_empty(0, classifier.shape[1])
         if needs.classifier and classifier.dtype != self.logits.dtype:
             self._wide_rows = statistics.lse.new_empty(self.step, classifier.shape[1])
@@ -162,7 +162,7 @@ class _Sweep:
         """What the visits came to."""
         d_hidden = None
         if self.needs.hidden:
-            d_hidden = torch.zeros_like(self.problem.hidden)
+            d_hidden = self.problem.hidden.new_zeros(self.problem.hidden.shape)
             self.low_rank.add_to_d_hidden()
             for tokens in self.groups:
                 tokens.d_hidden.mul_(self.logits.scale)
@@ -187,11 +187,10 @@ class _Sweep:
         """Gradient of the logits before the softcap, [v, n]; the onehot only at kept classes."""
         problem, logits = self.problem, self.logits
         lse = tokens.lse[part]
-        reference = logits.reference(lse, hidden.dtype)
         bias = None if problem.bias is None else problem.bias[classes]
-        dz = logits.block(classifier, bias, hidden, reference)
-        slope = logits.slope(dz, reference)
-        dz.exp_().mul_(tokens.d_lse[part] * (reference - lse).exp())
+        dz = logits.block(classifier, bias, hidden, lse)
+        slope = logits.slope(dz, lse)
+        dz.exp_().mul_(tokens.d_lse[part])
         if not isinstance(classes, slice):
             labels = tokens.labels[part]
             row = torch.searchsorted(classes, labels).clamp_max(len(classes) - 1)

@@ -50,7 +50,7 @@ MAX_TAIL_MASS = 2.0**-3
 MAX_SCOUTS = 4096
 
 OVERFLOW = 80.0
-"""An exponent from which on a block is made again, relative to its own highest logit."""
+"""A block with a higher exponent is made again, relative to its own highest logits."""
 
 KEPT = -1.0
 """What ``column_mass`` says of a column that is not in the tail."""
@@ -214,17 +214,38 @@ class _Sweep:
         it, and the reference [n].
         """
         bias = None if self.problem.bias is None else self.problem.bias[classes]
-        reference = self.logits.reference(self.reference[part], hidden.dtype)
+        reference = self.reference[part].clone()  # no view: the original is about to move on
         block = self.logits.block(classifier, bias, hidden, reference)
-        if not block.amax() < OVERFLOW:  # or a logit is inf or NaN
-            reference = reference + block.amax(0).clamp_min(0)
-            reference = self.logits.reference(reference, hidden.dtype)
-            block = self.logits.block(classifier, bias, hidden, reference)
+        if not block.amax() < OVERFLOW:
+            block = self._move_to_highest(reference, block, classifier, bias, hidden)
         if self.weight is not None and self.logits.softcap is not None:
             weight = self.weight[classes].to(block)
             self.logit_sum[part] += weight @ block + weight.sum() * reference
         slope = self.logits.slope(block, reference) if self.filter_columns else None
         return block.exp_(), slope, reference
+
+    def _move_to_highest(
+        self,
+        reference: Tensor,
+        block: Tensor,
+        classifier: Tensor,
+        bias: Tensor | None,
+        hidden: Tensor,
+    ) -> Tensor:
+        """The block again, relative to its highest logits, after moving ``reference`` there.
+
+        Far from the reference a low-precision logit is off by much, so it may take more than one
+        move to get there; an inf or a NaN never gets there.
+        """
+        moved = torch.zeros_like(reference, dtype=torch.bool)
+        for _ in range(4):
+            highest = block.amax(0)
+            moved |= highest > 0
+            if (highest.abs() < 1)[moved].all():
+                break
+            reference += torch.where(moved, highest, 0)
+            block = self.logits.block(classifier, bias, hidden, reference)
+        return block
 
     def _add_to_lse(self, exponentials: Tensor, reference: Tensor, part: slice) -> None:
         lse = torch.logaddexp(self.lse[part], reference + exponentials.sum(0).log())

@@ -60,10 +60,6 @@ class LogitBlocks:
         self.softcap = problem.options.softcap
         self._plain = self.scale == 1 and self.softcap is None and problem.bias is None
 
-    def reference(self, lse: Tensor, dtype: torch.dtype) -> Tensor:
-        """A reference [n] next to ``lse`` that matmuls in ``dtype`` can subtract exactly."""
-        return lse.to(dtype).to(self.dtype) if self._plain else lse
-
     def block(
         self, classifier: Tensor, bias: Tensor | None, hidden: Tensor, reference: Tensor
     ) -> Tensor:
@@ -73,14 +69,16 @@ class LogitBlocks:
             classifier: [v, D], in the dtype the matmul is to run in.
             bias: [v] or None.
             hidden: [n, D], in the same dtype.
-            reference: [n], made by :meth:`reference` for that dtype.
+            reference: [n].
         """
-        if self._plain:
-            return F.linear(classifier, hidden, -reference.to(hidden.dtype)).to(self.dtype)
-        center = self._before_softcap(reference).to(hidden.dtype)
-        products = F.linear(classifier, hidden, -center).to(self.dtype)  # [v, n]
-        products.add_(center.to(self.dtype))
-        return self.activate(products, None if bias is None else bias[:, None]).sub_(reference)
+        center = reference if self._plain else self._before_softcap(reference)
+        center = center.to(hidden.dtype)  # what the matmul can subtract before it rounds
+        block = F.linear(classifier, hidden, -center).to(self.dtype)  # [v, n]
+        center = center.to(self.dtype)
+        if not self._plain:
+            self.activate(block.add_(center), None if bias is None else bias[:, None])
+            return block.sub_(reference)
+        return block if hidden.dtype == self.dtype else block.add_(center - reference)
 
     def activate(self, products: Tensor, bias: Tensor | None) -> Tensor:
         """Dot products of hidden states and classifier rows to logits, in place."""

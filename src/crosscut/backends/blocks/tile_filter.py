@@ -36,10 +36,10 @@ def tile_filtered_backward(
     order = _by_mean_logit(problem, rows)
 
     def accumulator(like: Tensor) -> Tensor:
-        return torch.zeros_like(like, dtype=like.dtype if policy == "cce" else logits.dtype)
+        return like.new_zeros(like.shape, dtype=like.dtype if policy == "cce" else logits.dtype)
 
     d_hidden = accumulator(hidden)
-    d_classifier = torch.empty_like(classifier)
+    d_classifier = classifier.new_empty(classifier.shape)
     d_bias = None if problem.bias is None else torch.empty_like(problem.bias)
 
     for classes in order.split(BLOCK_V):
@@ -50,10 +50,9 @@ def tile_filtered_backward(
         for tokens in rows.split(BLOCK_N) if len(rows) else ():
             h = take_rows(hidden, tokens).to(logits.fast)  # [BLOCK_N, D]
             lse = statistics.lse[tokens]
-            reference = logits.reference(lse, h.dtype)
-            z = logits.block(c, bias, h, reference)  # [BLOCK_V, BLOCK_N]
-            slope = logits.slope(z, reference)
-            p = z.exp_().mul_((reference - lse).exp())
+            z = logits.block(c, bias, h, lse)  # less lse, [BLOCK_V, BLOCK_N]
+            slope = logits.slope(z, lse)
+            p = z.exp_()
             onehot = classes[:, None] == problem.labels[tokens]
 
             dz = p * cotangents.lse[tokens] + onehot * cotangents.target_logit[tokens]
