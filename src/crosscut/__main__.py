@@ -1,0 +1,5 @@
+"""``python -m crosscut``: the command line."""
+
+from crosscut.cli import main
+
+main()

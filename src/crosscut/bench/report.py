@@ -1,0 +1,211 @@
+"""How a run is shown: a table on the terminal, the same in Markdown, and a plot.
+
+All three are made from a :class:`~crosscut.bench.results.BenchResult`, so one read from a file
+looks as it did when it was measured.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from crosscut.bench.results import BenchResult, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_HEADINGS = (
+    "contender",
+    "forward",
+    "forward + backward",
+    "÷ matmul",
+    "÷ pytorch",
+    "peak extra memory",
+    "error dH",
+    "error dC",
+    "pairs kept",
+)
+_SHORT_HEADINGS = (
+    "contender",
+    "forward",
+    "with\nbackward",
+    "÷\nmatmul",
+    "÷\npytorch",
+    "extra\nmemory",
+    "error\ndH",
+    "error\ndC",
+    "pairs\nkept",
+)
+
+
+def title(result: BenchResult) -> str:
+    """The workload and the machine, in a line each."""
+    load, machine = result.workload, result.machine
+    times = "" if load.logits_times == 1 else f", logits × {load.logits_times:g}"
+    memory = machine.memory_bytes
+    room = "" if memory is None else f", {memory / 2**30:.0f} GiB"
+    where = machine.gpu if load.device == "cuda" else f"{machine.cpu}, {machine.cores} cores{room}"
+    return (
+        f"{load.name}: N={load.tokens}, D={load.hidden}, V={load.vocab}, {load.dtype}{times} "
+        f"({load.source})\n{where}, PyTorch {machine.torch}, crosscut {result.crosscut}"
+    )
+
+
+def table(result: BenchResult) -> RenderableType:
+    """For the terminal: 80 columns are enough for the contenders that run by default."""
+    grid = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline")
+    for number, heading in enumerate(_SHORT_HEADINGS):
+        grid.add_column(heading, justify="right" if number else "left", overflow="fold")
+    if result.matmul is not None:
+        grid.add_row("(logits matmul)", seconds(result.matmul), style="dim")
+    for row in _measured(result):
+        grid.add_row(*_cells(result, row), style="bold green" if _ours(row) else "")
+    parts: list[RenderableType] = [Text(title(result)), "", grid, ""]
+    parts += [Text(line, style="dim") for line in notes(result)]
+    parts += [
+        Text(f"FAILED   {row.contender}: {row.failure}", style="bold red")
+        for row in result.rows
+        if row.failure
+    ]
+    parts += [
+        Text(f"not run  {row.contender}: {row.absent}", style="dim")
+        for row in result.rows
+        if row.absent
+    ]
+    return Group(*parts)
+
+
+def markdown(result: BenchResult) -> str:
+    """For a README: a table, and below it what was not run."""
+    lines = ["| " + " | ".join(_HEADINGS) + " |", "|---" + "|---:" * (len(_HEADINGS) - 1) + "|"]
+    if result.matmul is not None:
+        blank = [""] * (len(_HEADINGS) - 2)
+        cells = ["logits matmul alone", seconds(result.matmul), *blank]
+        lines.append("| " + " | ".join(cells) + " |")
+    for row in _measured(result):
+        name, *cells = _cells(result, row)
+        name = f"**{name}**" if _ours(row) else name
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    remarks = [*title(result).splitlines(), *notes(result)]
+    remarks += [f"FAILED {row.contender}: {row.failure}." for row in result.rows if row.failure]
+    absent = [f"{row.contender} ({row.absent})" for row in result.rows if row.absent]
+    if absent:
+        remarks.append("Not run: " + "; ".join(absent) + ".")
+    return "\n".join([*lines, "", *(remark + "  " for remark in remarks)]).rstrip()
+
+
+def notes(result: BenchResult) -> list[str]:
+    """What the columns mean, and what to keep in mind."""
+    lines = [
+        "Median times. Memory beyond inputs and the two gradients. Errors are relative to a truth "
+        "of higher precision; plain PyTorch's in this dtype: "
+        f"dH {_power(result.yardstick.d_hidden)}, dC {_power(result.yardstick.d_classifier)}.",
+    ]
+    return [*lines, result.workload.note] if result.workload.note else lines
+
+
+def plot(result: BenchResult, path: Path) -> None:
+    """Horizontal bars: time to the left, memory to the right, the fastest on top."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = sorted(_measured(result), key=lambda row: -(row.forward_backward or 0))
+    names = [row.contender for row in rows]
+    ours = ["#0b6e4f" if _ours(row) else "#8a94a0" for row in rows]
+    pale = ["#8fcfb5" if _ours(row) else "#cfd5db" for row in rows]
+    forward = [row.forward or 0 for row in rows]
+    total = [row.forward_backward or 0 for row in rows]
+    unit, factor = ("s", 1.0) if max(total, default=0) >= 1 else ("ms", 1000.0)
+
+    figure, (left, right) = pyplot.subplots(
+        1, 2, sharey=True, figsize=(10, 1.9 + 0.42 * len(rows)), layout="constrained"
+    )
+    left.barh(names, [value * factor for value in total], color=pale)
+    left.barh(names, [value * factor for value in forward], color=ours)
+    _label(left, [f"{value * factor:.3g} {unit}" for value in total], [v * factor for v in total])
+    if result.matmul is not None:
+        left.axvline(result.matmul * factor, color="#c1440e", linewidth=1.2, linestyle="--")
+        left.annotate(
+            "logits matmul alone",
+            (result.matmul * factor, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, 2),
+            textcoords="offset points",
+            color="#c1440e",
+            fontsize=8,
+        )
+    left.set_xlabel(f"{unit}: forward (dark), with backward (pale)")
+
+    peaks = [(row.peak_extra_bytes or 0) / 2**20 for row in rows]
+    right.barh(names, peaks, color=ours)
+    _label(right, [f"{value:,.0f} MiB" for value in peaks], peaks)
+    right.set_xlabel("MiB: peak memory beyond inputs and gradients")
+
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.margins(x=0.16)
+    heading, where = title(result).splitlines()
+    figure.suptitle(heading.split(" (")[0], fontsize=12, x=0.01, ha="left")
+    figure.text(0.01, -0.02, where, fontsize=8, color="#555555", ha="left", va="top")
+    figure.savefig(path, dpi=160, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def seconds(value: float | None) -> str:
+    """Three digits and a unit."""
+    if value is None:
+        return ""
+    return f"{value * 1000:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+def _measured(result: BenchResult) -> list[Row]:
+    return [row for row in result.rows if row.forward_backward is not None]
+
+
+def _ours(row: Row) -> bool:
+    return row.contender.startswith("crosscut-")
+
+
+def _cells(result: BenchResult, row: Row) -> list[str]:
+    plain = next((r.forward_backward for r in result.rows if r.contender == "pytorch"), None)
+    peak, errors = row.peak_extra_bytes, row.errors
+    return [
+        row.contender,
+        seconds(row.forward),
+        seconds(row.forward_backward),
+        _ratio(row.forward_backward, result.matmul),
+        _ratio(row.forward_backward, plain),
+        "" if peak is None else f"{peak / 2**20:,.0f} MiB",
+        "" if errors is None else _power(errors.d_hidden),
+        "" if errors is None else _power(errors.d_classifier),
+        "" if row.kept is None else f"{row.kept:.2%}",
+    ]
+
+
+def _ratio(value: float | None, unit: float | None) -> str:
+    return "" if value is None or not unit else f"{value / unit:.2f}"
+
+
+def _power(value: float) -> str:
+    """Two digits and a power of ten: 2.4e-3."""
+    digits, _, exponent = f"{value:.1e}".partition("e")
+    return f"{digits}e{int(exponent)}" if exponent else digits
+
+
+def _label(axes: Axes, texts: list[str], values: list[float]) -> None:
+    for place, (text, value) in enumerate(zip(texts, values, strict=True)):
+        axes.annotate(
+            text,
+            (value, place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )

@@ -1,0 +1,265 @@
+"""The command line: ``crosscut bench``, ``report``, ``explain`` and ``env``.
+
+Needs the extra ``crosscut[cli]``; real heads and plots need ``crosscut[bench]``, and load what is
+slow to load only when they are asked for.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+try:
+    import typer
+    from rich.console import Console
+except ModuleNotFoundError as missing:
+    if missing.name not in ("typer", "rich"):
+        raise
+    raise SystemExit(
+        f"The command line needs {missing.name}: pip install 'crosscut[cli]'"
+    ) from missing
+
+import torch
+from rich.table import Table
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import crosscut
+from crosscut.backends import NAMES
+from crosscut.bench import BenchError, contenders, results, workloads
+from crosscut.bench import report as reports
+from crosscut.bench.progress import Bars
+from crosscut.bench.run import Plan, run
+
+EXIT_FAILED_GATE, EXIT_USAGE = 1, 2
+
+app = typer.Typer(
+    name="crosscut",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_show_locals=False,
+    help="Cross-entropy of a large-vocabulary head, without its logits: measure it, ask about it.",
+    epilog="`crosscut bench --help` has examples. Start with `crosscut bench`.",
+)
+
+_BENCH_HELP = """
+Time the loss of an output head, and its gradients, beside other ways to compute them.
+
+Each contender's answer is checked before it is timed: one that is wrong gets no time, and the
+command exits with 1. By default the head is that of Gemma 3 270M on real text; the first run
+computes its hidden states (a minute) and keeps them in `$CROSSCUT_CACHE`, `~/.cache/crosscut`
+unless set.
+
+**Examples**
+
+- `crosscut bench` : the real 262,144-token head, 1024 tokens, bfloat16
+- `crosscut bench --dtype fp32 --tokens 4096 --json run.json --plot run.png`
+- `crosscut bench --workload llama3-8b --device cuda --tokens 8192`
+- `crosscut bench --against default,pytorch-chunked,crosscut-cce`
+- `crosscut bench --logits-times 0.2` : as flat a softmax as early in training
+- `crosscut bench --workload random:N=512,D=256,V=32000` : no download
+- `crosscut bench --list` : workloads and contenders
+"""
+
+_EXPLAIN_HELP = """
+Say which backend would compute a head of this shape, and why not the others.
+
+Nothing is computed and nothing large is allocated; a device that is not here can be asked about.
+
+**Examples**
+
+- `crosscut explain --tokens 8192 --hidden 2304 --vocab 256000 --dtype bf16 --device cuda`
+- `crosscut explain --policy cce --backend blocks`
+"""
+
+
+@app.command(help=_BENCH_HELP)
+def bench(
+    workload: Annotated[
+        str, typer.Option(help="A model's name, or random:N=..,D=..,V=..; see --list.")
+    ] = "gemma3-270m",
+    tokens: Annotated[
+        int | None, typer.Option(help="Number of tokens N.", show_default="1024")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")
+    ] = None,
+    against: Annotated[
+        str,
+        typer.Option(
+            help="Whom to run beside crosscut: names with commas between, default, all or none."
+        ),
+    ] = "default",
+    logits_times: Annotated[float, typer.Option(help="Factor of every logit.")] = 1.0,
+    repeats: Annotated[
+        int | None,
+        typer.Option(help="Timed runs of each contender.", show_default="3 on a CPU, 20 on a GPU"),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the result to this file (.png, .svg, .pdf).")
+    ] = None,
+    list_: Annotated[
+        bool, typer.Option("--list", help="Show workloads and contenders, and stop.")
+    ] = False,
+) -> None:
+    """See ``_BENCH_HELP``."""
+    if list_:
+        _list()
+        return
+    try:
+        device = _device(device)
+        _check_output("--json", json)
+        _check_output("--plot", plot)
+        repeats = (3 if device == "cpu" else 20) if repeats is None else repeats
+        if repeats < 1:
+            raise BenchError(f"--repeats must be at least 1, got {repeats}")
+        chosen, left_out = contenders.choose(against, device, dtype)
+        request = workloads.WorkloadRequest(
+            name=workload, tokens=tokens, dtype=dtype, device=device, logits_times=logits_times
+        )
+        plan = Plan(contenders=chosen, left_out=left_out, repeats=repeats, command=_command())
+        bars = Bars()
+        result = run(workloads.make(request, bars), plan, bars)
+    except BenchError as error:
+        _fail(error)
+    Console().print(reports.table(result))
+    if json is not None:
+        results.save(result, json)
+    if plot is not None:
+        reports.plot(result, plot)
+    if result.failed:
+        Console(stderr=True).print("A contender's answer was wrong: see FAILED above.", style="red")
+        raise typer.Exit(EXIT_FAILED_GATE)
+
+
+@app.command()
+def report(
+    result: Annotated[Path, typer.Argument(help="What crosscut bench --json wrote.")],
+    plot: Annotated[Path | None, typer.Option(help="Draw it to this file as well.")] = None,
+) -> None:
+    """Print a result of the bench as a Markdown table.
+
+    Example: `crosscut report benchmarks/results/gemma3-270m.json --plot gemma3-270m.png`
+    """
+    try:
+        _check_output("--plot", plot)
+        loaded = results.load(result)
+    except BenchError as error:
+        _fail(error)
+    print(reports.markdown(loaded))
+    if plot is not None:
+        reports.plot(loaded, plot)
+
+
+@app.command(help=_EXPLAIN_HELP)
+def explain(
+    tokens: Annotated[int, typer.Option(help="Number of tokens N.")] = 8192,
+    hidden: Annotated[int, typer.Option(help="Hidden size D.")] = 2304,
+    vocab: Annotated[int, typer.Option(help="Vocabulary V.")] = 256_000,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps, ..")] = "cpu",
+    policy: Annotated[str, typer.Option(help="The gradient's policy.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, or the backend that must serve it.")] = "auto",
+    softcap: Annotated[float | None, typer.Option(help="Softcap of the logits.")] = None,
+) -> None:
+    """See ``_EXPLAIN_HELP``."""
+    try:
+        for name, size in (("--tokens", tokens), ("--hidden", hidden), ("--vocab", vocab)):
+            if size < 1:
+                raise BenchError(f"{name} must be at least 1, got {size}")
+        if dtype not in workloads.DTYPES:
+            raise BenchError(f"--dtype must be one of {', '.join(workloads.DTYPES)}, got {dtype!r}")
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise BenchError(f"--device must be a device of PyTorch, got {device!r}") from error
+        with FakeTensorMode(), torch.device(device):  # shapes and dtypes, without memory
+            explanation = crosscut.explain(
+                torch.empty(tokens, hidden, dtype=workloads.DTYPES[dtype]),
+                torch.empty(vocab, hidden, dtype=workloads.DTYPES[dtype]),
+                torch.empty(tokens, dtype=torch.int64),
+                softcap=softcap,
+                policy=policy,  # pyright: ignore[reportArgumentType]
+                backend=backend,
+            )
+    except (BenchError, ValueError, TypeError) as error:
+        _fail(error)
+    print(f"N={tokens}, D={hidden}, V={vocab}, {dtype} on {device}, policy={policy}")
+    print(explanation)
+    if explanation.backend is None:
+        raise typer.Exit(EXIT_FAILED_GATE)
+
+
+@app.command()
+def env() -> None:
+    """Print versions and devices: paste it into a bug report."""
+    machine = results.this_machine()
+    memory = machine.memory_bytes
+    packages = {contender.package for contender in contenders.everyone().values()} - {"torch"}
+    packages |= {"triton", "numpy", "transformers"}
+    lines = {
+        "crosscut": f"{crosscut.__version__} (commit {results.commit() or 'unknown'})",
+        "backends": ", ".join(NAMES),
+        "python": f"{machine.python} on {machine.system}",
+        "cpu": f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads used",
+        "memory": "unknown" if memory is None else f"{memory / 2**30:.1f} GiB",
+        "torch": machine.torch,
+        "cuda": torch.version.cuda or "not in this build of PyTorch",
+        "gpu": machine.gpu or "none",
+        **{name: results.package_version(name) or "not installed" for name in sorted(packages)},
+    }
+    width = max(map(len, lines))
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in lines.items()))
+
+
+def main() -> None:
+    """The entry point of ``crosscut`` and of ``python -m crosscut``."""
+    app(prog_name="crosscut")
+
+
+def _list() -> None:
+    """What ``bench --list`` prints."""
+    models = Table("workload", "hidden D", "vocabulary V", "logits", title="Workloads")
+    for name, shape in workloads.MODELS.items():
+        source = "Gemma 3 270M on real text" + (", rotated" if name != "gemma3-270m" else "")
+        models.add_row(name, str(shape.hidden), str(shape.vocab), source)
+    models.add_row("random:N=..,D=..,V=..", "D", "V", "Gaussian: flat, unlike a trained model's")
+    people = Table("contender", "what it is", "version", title="Contenders")
+    for contender in contenders.everyone().values():
+        people.add_row(contender.name, contender.what, contender.version or "not installed")
+    console = Console()
+    console.print(models, people)
+
+
+def _device(name: str | None) -> str:
+
+    here = torch.cuda.is_available()
+    if name is None:
+        return "cuda" if here else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise BenchError(f"--device must be cpu or cuda, got {name!r}")
+    if name == "cuda" and not here:
+        raise BenchError("--device is cuda, but PyTorch sees no CUDA device here")
+    return name
+
+
+def _check_output(option: str, path: Path | None) -> None:
+    """Find out before the minutes, not after."""
+    if path is not None and not path.parent.is_dir():
+        raise BenchError(f"{option} must be in a directory that exists, got {path}")
+    if path is not None and option == "--plot" and find_spec("matplotlib") is None:
+        raise BenchError("--plot needs matplotlib: pip install 'crosscut[bench]'")
+
+
+def _command() -> str:
+    return shlex.join(["crosscut", *sys.argv[1:]])
+
+
+def _fail(error: Exception) -> NoReturn:
+    Console(stderr=True).print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
+    raise typer.Exit(EXIT_USAGE)

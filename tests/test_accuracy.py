@@ -1,0 +1,130 @@
+"""The contract of the default gradient, on the output head of a real model.
+
+``auto`` is never less accurate than the standard PyTorch loss in the same dtype: on the logits of
+real text as they are, sharpened, and flattened as they are early in training.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import RealHead
+from judging import error
+from torch import Tensor
+
+import crosscut
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
+
+
+class Gradients(NamedTuple):
+    d_hidden: Tensor
+    d_classifier: Tensor
+
+
+def truth(hidden: Tensor, classifier: Tensor, labels: Tensor, wide: torch.dtype) -> Gradients:
+    """The mean loss's gradients in ``wide``, block by block; log-sum-exp and dH in float64."""
+    hidden = hidden.to(wide)
+    lse = torch.full(labels.shape, -math.inf, dtype=torch.float64)
+    for block in classifier.split(4096):
+        lse = torch.logaddexp(lse, (hidden @ block.to(wide).t()).double().logsumexp(1))
+    d_hidden = torch.zeros(hidden.shape, dtype=torch.float64)
+    d_classifier = torch.empty(classifier.shape, dtype=wide)
+    for start in range(0, len(classifier), 4096):
+        block = classifier[start : start + 4096].to(wide)
+        dz = (hidden @ block.t() - lse[:, None]).to(wide).exp_()
+        mine = ((labels >= start) & (labels < start + len(block))).nonzero().squeeze(1)
+        dz[mine, labels[mine] - start] -= 1
+        dz /= len(labels)
+        d_hidden += dz @ block
+        torch.mm(dz.t(), hidden, out=d_classifier[start : start + len(block)])
+    return Gradients(d_hidden, d_classifier)
+
+
+def standard(hidden: Tensor, classifier: Tensor, labels: Tensor) -> Gradients:
+    """``F.cross_entropy(F.linear(...))``, 256 tokens at a time to bound the memory.
+
+    A token's gradient is what PyTorch computes for it. The sum of the classifier's gradient over
+    the parts is taken in float32: more accurate than in one matmul with a bfloat16 result, if any.
+    """
+    d_hidden = torch.empty_like(hidden)
+    d_classifier = torch.zeros(classifier.shape, dtype=torch.float32)
+    for start in range(0, len(labels), 256):
+        part = slice(start, start + 256)
+        logits = F.linear(hidden[part], classifier).requires_grad_()
+        loss = F.cross_entropy(logits, labels[part], reduction="sum") / len(labels)
+        (dz,) = torch.autograd.grad(loss, logits)
+        d_hidden[part] = dz @ classifier
+        d_classifier += dz.t() @ hidden[part]
+    return Gradients(d_hidden, d_classifier.to(classifier.dtype))
+
+
+def crosscut_auto(hidden: Tensor, classifier: Tensor, labels: Tensor) -> Gradients:
+    """The gradients of ``policy="auto"``, the default."""
+    leaves = (hidden.detach().requires_grad_(), classifier.detach().requires_grad_())
+    loss = crosscut.linear_cross_entropy(*leaves, labels)
+    return Gradients(*torch.autograd.grad(loss, leaves))
+
+
+BFLOAT16 = (torch.bfloat16, torch.float32)
+FLOAT32 = (torch.float32, torch.float64)
+
+# dtypes of the inputs and of the truth; the window of 1024 tokens; tokens of it; scale of logits
+GRID = [
+    (BFLOAT16, 0, 1024, 1.0),
+    (BFLOAT16, 0, 1024, 0.5),
+    (BFLOAT16, 0, 1024, 0.2),
+    (BFLOAT16, 0, 1024, 2.0),
+    (BFLOAT16, 9, 1024, 1.0),
+    (BFLOAT16, 9, 512, 0.2),
+    (FLOAT32, 0, 512, 1.0),
+    (FLOAT32, 9, 512, 0.2),
+]
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "window", "tokens", "scale"),
+    GRID,
+    ids=[f"{str(d[0])[6:]}, window {w}, {n} tokens, x{s}" for d, w, n, s in GRID],
+)
+def test_never_less_accurate_than_pytorch(
+    real_head: RealHead,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    window: int,
+    tokens: int,
+    scale: float,
+):
+    dtype, wide = dtypes
+    hidden, labels = real_head.window(window, tokens)
+    hidden = (scale * hidden.float()).bfloat16().to(dtype)  # the same numbers in every dtype
+    classifier = real_head.classifier.to(dtype)
+    sparsity = crosscut.gradient_sparsity(hidden, classifier, labels)
+    print(f"\nkept pairs {sparsity.kept:.2%}, mass of the tail {sparsity.tail:.2%}")
+
+    ours = crosscut_auto(hidden, classifier, labels)
+    theirs = standard(hidden, classifier, labels)
+    true = truth(hidden, classifier, labels, wide)
+    errors = {
+        name: (error_by_rows(value, exact), error_by_rows(their, exact))
+        for name, value, their, exact in zip(ours._fields, ours, theirs, true, strict=True)
+    }
+    for name, (our_error, their_error) in errors.items():
+        print(f"{name}: crosscut {our_error:.2e}, PyTorch {their_error:.2e}")
+    for name, (our_error, their_error) in errors.items():
+        assert our_error <= their_error, name
+
+
+def error_by_rows(value: Tensor, true: Tensor) -> float:
+    """``error``, without two float64 copies of a whole classifier."""
+    parts = zip(value.split(2**14), true.split(2**14), strict=True)
+    off = sum(((v.double() - t.double()).norm() ** 2).item() for v, t in parts)
+    return math.sqrt(off / sum((t.double().norm() ** 2).item() for t in true.split(2**14)))
+
+
+def test_error_by_rows_is_the_error():
+    value, true = torch.rand(40_000, 3), torch.rand(40_000, 3)
+    assert error_by_rows(value, true) == pytest.approx(error(value, true))

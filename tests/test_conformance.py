@@ -1,0 +1,309 @@
+"""Every backend computes the same loss and the same gradients, as accurately as PyTorch does.
+
+A new backend runs this suite by being listed in ``crosscut.backends.NAMES``. The column filter's
+own properties are in ``test_filter``; here no column is rare enough to be dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import reference
+import torch
+from judging import (
+    Head,
+    assert_as_accurate_as_pytorch,
+    cotangents,
+    error,
+    make_head,
+    outcome,
+    pairs,
+    rounding,
+    truth,
+)
+from torch import Tensor
+
+import crosscut
+from crosscut.options import POLICIES
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+PAPER_POLICIES = [policy for policy in POLICIES if policy.startswith("cce")]
+
+# (N or batch shape, D, V). A block is 1024 tokens x 4096 classes.
+SMALL_SHAPES = [
+    (1, 1, 1),
+    (1, 7, 2),
+    (5, 3, 1),
+    (1, 16, 4097),
+    (17, 33, 257),
+    ((3, 0, 2), 4, 5),
+    ((2, 3, 5), 8, 131),
+    ((), 9, 31),
+]
+LARGE_SHAPES = [(130, 5, 8195), (1025, 31, 4099), (3000, 2, 7)]
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "label_smoothing": {"label_smoothing": 0.1},
+    "label_smoothing=1": {"label_smoothing": 1.0},
+    "weight": {"weight": True},
+    "weight, smoothing": {"weight": True, "label_smoothing": 0.2},
+    "softcap": {"softcap": 3.0},
+    "softcap, smoothing": {"softcap": 3.0, "label_smoothing": 0.3},
+    "logit_scale": {"logit_scale": 0.25},
+    "negative logit_scale": {"logit_scale": -1.5, "softcap": 5.0},
+    "logit_scale=0": {"logit_scale": 0.0},
+    "shift=1": {"shift": 1},
+    "shift=2, none": {"shift": 2, "reduction": "none"},
+    "z_loss": {"z_loss": 1e-2},
+    "everything": {
+        "weight": True,
+        "label_smoothing": 0.1,
+        "softcap": 4.0,
+        "logit_scale": 0.7,
+        "shift": 1,
+        "z_loss": 1e-2,
+        "reduction": "none",
+    },
+}
+
+
+def judge(backend: str, head: Head, *, factor: float = 2.0, **options: Any) -> None:
+    """Compare with PyTorch, if the backend serves such a call at all."""
+    if options.get("weight"):
+        options["weight"] = head.class_weight
+    objection = crosscut.explain(
+        head.input, head.linear_weight, head.target, linear_bias=head.linear_bias
+    ).verdicts[backend]
+    if objection:
+        pytest.skip(f"{backend}: {objection}")
+    assert_as_accurate_as_pytorch(head, factor=factor, backend=backend, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+class TestLoss:
+    """``linear_cross_entropy``: loss, dtypes, shapes and all gradients."""
+
+    @pytest.mark.parametrize("policy", ["auto", "filtered", "exact"])
+    @pytest.mark.parametrize("shape", SMALL_SHAPES, ids=str)
+    def test_small_shapes(self, backend, device, dtype, shape, policy):
+        judge(backend, make_head(shape, dtype, device=device), policy=policy, reduction="sum")
+
+    @pytest.mark.parametrize("policy", ["filtered", "exact"])
+    @pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)
+    def test_shapes_across_blocks(self, backend, device, dtype, shape, policy):
+        head = make_head(shape, dtype, device=device, bias=True, ignored=0.2)
+        judge(backend, head, policy=policy)
+
+    @pytest.mark.parametrize("policy", ["auto", "filtered", "exact"])
+    @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+    def test_options(self, backend, device, dtype, options, policy):
+        head = make_head(((3, 11), 17, 201), dtype, device=device, ignored=0.3)
+        judge(backend, head, policy=policy, **options)
+        judge(backend, make_head(((3, 11), 17, 201), dtype, device=device, bias=True), **options)
+
+    @pytest.mark.parametrize("policy", ["filtered", "exact"])
+    @pytest.mark.parametrize("options", ["everything", "weight, smoothing", "softcap"])
+    def test_options_across_blocks(self, backend, device, dtype, options, policy):
+        head = make_head(((3, 350), 15, 4100), dtype, device=device, bias=True, ignored=0.2)
+        judge(backend, head, policy=policy, **OPTIONS[options])
+
+
+class TestLabels:
+    """Which targets count."""
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+    def test_integer_dtypes(self, backend, dtype):
+        head = make_head((9, 4, 20), ignored=0.3)
+        judge(backend, replace(head, target=head.target.to(dtype)), ignore_index=-100)
+
+    @pytest.mark.parametrize("ignore_index", [-100, -1, -7, 0, 3, 19, 1000])
+    def test_ignore_index(self, backend, ignore_index):
+        head = make_head((40, 4, 20))
+        target = head.target.clone()
+        target[::3] = ignore_index
+        judge(backend, replace(head, target=target), ignore_index=ignore_index, reduction="none")
+
+    def test_an_ignored_row_costs_nothing_and_gets_exactly_zero(self, backend):
+        head = make_head((40, 4, 20), torch.float32, bias=True, ignored=0.5)
+        ignored = head.target == -100
+        assert 0 < ignored.sum() < 40
+        found = outcome(crosscut.linear_cross_entropy, head, backend=backend, reduction="none")
+        assert (found.loss[ignored] == 0).all()
+        assert (found.d_input[ignored] == 0).all()
+        kept = ~ignored
+        alone = replace(head, input=head.input[kept], target=head.target[kept])
+        judge(backend, alone, reduction="mean")
+        torch.testing.assert_close(
+            outcome(crosscut.linear_cross_entropy, head, backend=backend).loss,
+            outcome(crosscut.linear_cross_entropy, alone, backend=backend).loss,
+        )
+
+    @pytest.mark.parametrize("shift", [1, 4, 5, 6])
+    def test_shift_up_to_and_past_the_sequence(self, backend, shift):
+        head = make_head(((3, 5), 4, 20))
+        judge(backend, head, shift=shift, reduction="none")
+
+    def test_shift_equals_slicing(self, backend):
+        head = make_head(((3, 50), 4, 20), torch.float32, ignored=0.2)
+        sliced = replace(head, input=head.input[:, :-2], target=head.target[:, 2:])
+        shifted = outcome(crosscut.linear_cross_entropy, head, shift=2, backend=backend)
+        by_hand = outcome(crosscut.linear_cross_entropy, sliced, backend=backend)
+        torch.testing.assert_close(shifted.loss, by_hand.loss)
+        torch.testing.assert_close(shifted.d_input[:, :-2], by_hand.d_input)
+        assert (shifted.d_input[:, -2:] == 0).all()
+
+    def test_all_classes_are_labels(self, backend):
+        head = make_head((1500, 6, 1300), torch.float32)
+        target = torch.arange(1500) % 1300
+        judge(backend, replace(head, target=target), policy="filtered")
+
+
+class TestTokenStatistics:
+    """``token_statistics``: lse and target logit, and the gradient of each."""
+
+    @pytest.mark.parametrize("policy", ["filtered", "exact"])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"softcap": 3.0}, {"logit_scale": 0.3, "softcap": 2.0}],
+        ids=["plain", "softcap", "scale, softcap"],
+    )
+    def test_values_and_gradients(self, backend, dtype, options, policy):
+        head = make_head(((2, 30), 7, 4111), dtype, bias=True, ignored=0.2)
+        kept = head.target != -100
+
+        def theirs(input: Tensor, weight: Tensor, target: Tensor, linear_bias: Tensor) -> Tensor:
+            z = reference.logits(input, weight, linear_bias, **options)
+            lse, logit = z.logsumexp(-1), z.gather(-1, target.clamp_min(0)[..., None])[..., 0]
+            return torch.where(target != -100, torch.stack([lse, logit]), 0)
+
+        def ours(input: Tensor, weight: Tensor, target: Tensor, linear_bias: Tensor) -> Tensor:
+            found = crosscut.token_statistics(
+                input, weight, target, linear_bias=linear_bias,
+                policy=policy, backend=backend, **options,
+            )  # fmt: skip
+            assert torch.equal(found.log_prob, found.target_logit - found.lse)
+            return torch.stack([found.lse, found.target_logit])
+
+        true, expected = outcome(theirs, head.double()), outcome(theirs, head)
+        found = outcome(ours, head)
+        assert found.loss.shape == (2, *head.target.shape)
+        assert found.loss.dtype == torch.promote_types(dtype, torch.float32)
+        assert (found.loss[:, ~kept] == 0).all()
+        for value, their, exact in zip(found, expected, true, strict=True):
+            assert error(value, exact) <= 2 * error(their, exact) + rounding(dtype)
+
+    @pytest.mark.parametrize("which", ["lse", "target_logit"])
+    def test_gradient_of_one_alone(self, backend, which):
+        head = make_head((20, 5, 30), bias=True)
+
+        def ours(input: Tensor, weight: Tensor, target: Tensor, linear_bias: Tensor) -> Tensor:
+            found = crosscut.token_statistics(
+                input, weight, target, linear_bias=linear_bias, backend=backend
+            )
+            return getattr(found, which)
+
+        def theirs(input: Tensor, weight: Tensor, target: Tensor, linear_bias: Tensor) -> Tensor:
+            z = reference.logits(input, weight, linear_bias)
+            return z.logsumexp(-1) if which == "lse" else z.gather(-1, target[:, None])[:, 0]
+
+        for _, value, exact in pairs(outcome(ours, head), outcome(theirs, head)):
+            assert error(value, exact) <= rounding(torch.float64)
+
+    def test_shift_puts_a_statistic_where_its_target_stands(self, backend):
+        head = make_head(((2, 6), 4, 9))
+        found = crosscut.token_statistics(
+            head.input, head.linear_weight, head.target, shift=2, backend=backend
+        )
+        z = reference.logits(head.input, head.linear_weight)[:, :-2]
+        assert error(found.lse[:, 2:], z.logsumexp(-1)) <= rounding(torch.float64)
+        logit = z.gather(-1, head.target[:, 2:, None])[..., 0]
+        assert error(found.target_logit[:, 2:], logit) <= rounding(torch.float64)
+        assert (found.lse[:, :2] == 0).all()
+        assert (found.target_logit[:, :2] == 0).all()
+
+
+@pytest.mark.parametrize("policy", PAPER_POLICIES)
+class TestPaperPolicies:
+    """Algorithm 3 of the paper with its tile filter, for comparison and reproduction."""
+
+    @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+    def test_exact_where_no_tile_is_dead(self, backend, options, policy):
+        """With few classes every tile has an entry of 2**-12."""
+        for dtype in (torch.float64, torch.float32):
+            head = make_head(((3, 11), 17, 201), dtype, bias=True, ignored=0.3)
+            judge(backend, head, policy=policy, **options)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_low_precision(self, backend, dtype, policy):
+        judge(backend, make_head((33, 17, 201), dtype, bias=True), policy=policy)
+
+    def test_across_blocks(self, backend, policy):
+        head = make_head((1100, 15, 4500), torch.float64, bias=True, ignored=0.2)
+        sharp = replace(head, input=4 * head.input)  # of every 128 x 128 a softmax above 2**-12
+        judge(backend, sharp, policy=policy, reduction="sum")
+
+    def test_what_is_dropped_is_below_epsilon(self, backend, policy):
+        """With the identity as hidden states, dC is the transpose of the logits' gradient."""
+        tokens, classes = 300, 1000
+        gen = torch.Generator().manual_seed(0)
+        z = torch.randn(tokens, classes, generator=gen, dtype=torch.float64)
+        z[:, torch.randperm(classes, generator=gen)[:200]] += 12
+        target = z.argmax(1)
+        eye = torch.eye(tokens, dtype=torch.float64)
+        head = Head(eye, z.t().contiguous(), target)
+        found = outcome(
+            crosscut.linear_cross_entropy, head,
+            policy=policy, reduction="none", backend=backend,
+        )  # fmt: skip
+        true = truth(head, reduction="none")
+        given = cotangents(found.loss)  # of each token
+        dropped = (found.d_weight == 0) & (true.d_weight != 0)
+        kept_error = torch.where(dropped, 0, found.d_weight - true.d_weight)
+        assert kept_error.abs().max() <= rounding(torch.float64)
+        assert (true.d_weight / given)[dropped].abs().max() < 2**-12 if dropped.any() else True
+        assert dropped.any() == (policy != "cce_kahan_full_c")
+        if policy != "cce_kahan_full_c":
+            assert 0.3 < dropped.double().mean() < 0.8  # 200 of 1000 classes are needed, in tiles
+            # Sorted by mean logit, the classes that matter share tiles: classes die whole.
+            assert (dropped.all(1) | ~dropped.any(1)).double().mean() > 0.9
+
+    def test_full_e_does_not_filter_the_hidden_gradient(self, backend, policy):
+        """With the identity as classifier, dH is the gradient of the logits."""
+        classes = 512
+        gen = torch.Generator().manual_seed(0)
+        z = torch.randn(200, classes, generator=gen, dtype=torch.float64)
+        z[:, :100] += 14
+        head = Head(z, torch.eye(classes, dtype=torch.float64), z.argmax(1))
+        found = outcome(
+            crosscut.linear_cross_entropy, head,
+            policy=policy, reduction="none", backend=backend,
+        )  # fmt: skip
+        true = truth(head, reduction="none")
+        dropped = (found.d_input == 0) & (true.d_input != 0)
+        if policy == "cce_kahan_full_e":
+            assert error(found.d_input, true.d_input) <= rounding(torch.float64)
+        else:
+            assert dropped.double().mean() > 0.3
+            given = cotangents(found.loss)[:, None]
+            assert (found.d_input - true.d_input).div(given).abs().max() < 2**-12
+
+    def test_kahan_accumulates_wider(self, backend, policy):
+        """In bfloat16 plain cce rounds after every block; the others once."""
+        head = make_head((60, 9, 41_000), torch.bfloat16)
+        sharp = replace(head, input=3 * head.input)
+        true = truth(sharp, reduction="sum")
+        options = {"reduction": "sum", "backend": backend}
+        plain, this = (
+            outcome(crosscut.linear_cross_entropy, sharp, policy=name, **options)
+            for name in ("cce", policy)
+        )
+        if policy == "cce":
+            assert torch.equal(plain.d_input, this.d_input)
+        else:
+            assert error(this.d_input, true.d_input) < error(plain.d_input, true.d_input)
