@@ -76,13 +76,13 @@ FLOAT32 = (torch.float32, torch.float64)
 # dtypes of the inputs and of the truth; the window of 1024 tokens; tokens of it; scale of logits
 GRID = [
     (BFLOAT16, 0, 1024, 1.0),
-    (BFLOAT16, 0, 1024, 0.5),
-    (BFLOAT16, 0, 1024, 0.2),
-    (BFLOAT16, 0, 1024, 2.0),
     (BFLOAT16, 9, 1024, 1.0),
+    (BFLOAT16, 0, 512, 2.0),
+    (BFLOAT16, 0, 512, 0.5),
+    (BFLOAT16, 0, 512, 0.2),
     (BFLOAT16, 9, 512, 0.2),
-    (FLOAT32, 0, 512, 1.0),
-    (FLOAT32, 9, 512, 0.2),
+    (FLOAT32, 0, 256, 1.0),
+    (FLOAT32, 9, 256, 0.2),
 ]
 
 

@@ -369,7 +369,7 @@ def matmul_flop(run: Callable[[], Any]) -> float:
     with torch.profiler.profile(record_shapes=True) as profile:
         run()
     flop = 0
-    for event in profile.events():
+    for event in profile.events() or ():
         if event.name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"):
             left, right = [shape for shape in event.input_shapes if len(shape) >= 2][-2:]
             flop += 2 * math.prod(left) * right[-1]

@@ -196,6 +196,9 @@ class TestTokenStatistics:
         assert found.loss.dtype == torch.promote_types(dtype, torch.float32)
         assert (found.loss[:, ~kept] == 0).all()
         for value, their, exact in zip(found, expected, true, strict=True):
+            assert value is not None
+            assert their is not None
+            assert exact is not None
             assert error(value, exact) <= 2 * error(their, exact) + rounding(dtype)
 
     @pytest.mark.parametrize("which", ["lse", "target_logit"])

@@ -13,9 +13,10 @@ from judging import Head, make_head
 from torch import Tensor
 
 import crosscut
-from crosscut.bench.measure import peak_cpu_bytes
+from crosscut.bench.measure import peak_bytes
 from crosscut.options import POLICIES
 
+CPU = torch.device("cpu")
 MIB = 2**20
 WORKSPACE = 64 * MIB
 """What a call may hold beyond its inputs and gradients, whatever N and V."""
@@ -45,7 +46,7 @@ def peak(head: Head, *, backward: bool, loss_fn: Callable[..., Tensor] | None = 
         if backward:
             loss.backward()
 
-    found = peak_cpu_bytes(run)
+    found = peak_bytes(run, CPU)
     return found - sum(x.grad.nbytes for x in leaves if x is not None and x.grad is not None)
 
 
@@ -54,7 +55,7 @@ class TestTheMeter:
 
     def test_known_allocations(self):
         def seen(work: Callable[[], object]) -> Any:
-            return pytest.approx(peak_cpu_bytes(work), abs=100)  # scalars are allocations too
+            return pytest.approx(peak_bytes(work, CPU), abs=100)  # scalars are allocations too
 
         assert seen(lambda: torch.zeros(1000, 1000)) == 4_000_000
         assert seen(lambda: torch.zeros(500, 1000).add(1)) == 4_000_000
@@ -65,7 +66,7 @@ class TestTheMeter:
             for _ in range(5):
                 torch.zeros(10**6)
 
-        assert peak_cpu_bytes(one_after_the_other) == 4_000_000
+        assert peak_bytes(one_after_the_other, CPU) == 4_000_000
 
     def test_plain_pytorch_needs_the_logits(self):
         def plain(input: Tensor, weight: Tensor, target: Tensor, linear_bias: Tensor) -> Tensor:

@@ -35,10 +35,10 @@ _SHORT_HEADINGS = (
     "with\nbackward",
     "÷\nmatmul",
     "÷\npytorch",
-    "extra\nmemory",
+    "extra\nMiB",
     "error\ndH",
     "error\ndC",
-    "pairs\nkept",
+    "kept",
 )
 
 
@@ -63,7 +63,8 @@ def table(result: BenchResult) -> RenderableType:
     if result.matmul is not None:
         grid.add_row("(logits matmul)", seconds(result.matmul), style="dim")
     for row in _measured(result):
-        grid.add_row(*_cells(result, row), style="bold green" if _ours(row) else "")
+        cells = [cell.removesuffix(" MiB") for cell in _cells(result, row)]
+        grid.add_row(*cells, style="bold green" if _ours(row) else "")
     parts: list[RenderableType] = [Text(title(result)), "", grid, ""]
     parts += [Text(line, style="dim") for line in notes(result)]
     parts += [
@@ -185,7 +186,7 @@ def _cells(result: BenchResult, row: Row) -> list[str]:
         "" if peak is None else f"{peak / 2**20:,.0f} MiB",
         "" if errors is None else _power(errors.d_hidden),
         "" if errors is None else _power(errors.d_classifier),
-        "" if row.kept is None else f"{row.kept:.2%}",
+        "" if row.kept is None else f"{row.kept:.1%}",
     ]
 
 
