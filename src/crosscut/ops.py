@@ -170,7 +170,7 @@ def _backward(ctx, d_lse, d_target_logit, d_logit_sum, *_) -> tuple[Tensor | Non
     )
     inputs = (hidden, classifier, bias, labels, logit_weight)
     arguments = (*cotangents, statistics, *inputs, *ctx.options, needs)
-    gradients = _token_statistics_backward(*arguments)
+    gradients = _token_statistics_backward(*arguments)  # pyright: ignore[reportCallIssue]
     wanted = [grad if need else None for grad, need in zip(gradients, needs, strict=True)]
     return (*wanted, *[None] * 7)
 
