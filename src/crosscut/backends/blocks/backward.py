@@ -6,10 +6,13 @@ With ``g_lse`` and ``g_target`` the cotangents of a token's lse and target_logit
     dz[n, v] = g_lse[n] * p[n, v] + g_target[n] * [v = y_n]
     dH = dz C        dC = dz^T H        d_bias = sum_n dz
 
-times the derivatives of softcap and scale. The columns of each block of tokens are of three kinds:
+times the derivatives of softcap and scale. A token's label is where most of its gradient is. Its
+entry of dz is taken out of the sums over many, and added to their results: rounded once.
 
-    kept    few, gathered, in the full precision of the statistics. Among them always the block's
-            labels, so that the onehot is found nowhere else.
+The columns of each block of tokens are of three kinds:
+
+    kept    few, gathered, in the full precision of the statistics. Among them the block's labels,
+            whose gradients are the largest, unless the dense sweep is in full precision too.
     tail    the rest, where the forward filtered columns: nothing is made again. The tail of p is
             replaced by the rank-one matrix ``tail_mass x column_mass / total``, which has its row
             and column sums:
@@ -24,6 +27,7 @@ float32.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -65,10 +69,22 @@ class _Tokens:
     column_mass: Tensor | None  # [V]: KEPT, or the mass of a column of the tail. None: dense
     tail_mass: Tensor | None
     d_hidden: Tensor  # [n, D], accumulates
+    dz_label: Tensor  # dz at the label, once its class was visited
 
 
-def _group(problem: HeadProblem, statistics: Statistics, cotangents: Cotangents) -> list[_Tokens]:
-    """The tokens that take part: one group a block with a tail, and the others together."""
+def _group(
+    problem: HeadProblem, statistics: Statistics, cotangents: Cotangents, *, dense_is_full: bool
+) -> list[_Tokens]:
+    """The tokens that take part: one group a block with a tail, and the others together.
+
+    ``dense_is_full`` says that the dense sweep is in full precision and no class gains by being
+    kept out of it.
+    """
+
+    def kept(labels: Tensor, column_mass: Tensor | None) -> Tensor:
+        if column_mass is not None:
+            return (column_mass == KEPT).nonzero().squeeze(1)
+        return labels[:0] if dense_is_full else labels.unique()
 
     def group(rows: Tensor, column_mass: Tensor | None) -> _Tokens:
         labels = problem.labels[rows]
@@ -82,10 +98,11 @@ def _group(problem: HeadProblem, statistics: Statistics, cotangents: Cotangents)
             d_lse=cotangents.lse[rows],
             d_target=cotangents.target_logit[rows],
             d_sum=None if d_sum is None else d_sum[rows],
-            kept=(column_mass == KEPT).nonzero().squeeze(1) if sparse else labels.unique(),
+            kept=kept(labels, column_mass),
             column_mass=column_mass,
             tail_mass=statistics.tail_mass[rows] if sparse else None,
             d_hidden=statistics.lse.new_zeros(len(rows), problem.hidden.shape[1]),
+            dz_label=torch.zeros_like(statistics.lse[rows]),
         )
 
     groups, dense = [], []
@@ -110,7 +127,8 @@ class _Sweep:
         self.problem = problem
         self.needs = needs
         self.logits = LogitBlocks(problem)
-        self.groups = _group(problem, statistics, cotangents)
+        full = self.logits.fast == self.logits.dtype
+        self.groups = _group(problem, statistics, cotangents, dense_is_full=full)
         self.low_rank = _LowRank(problem, self.groups, statistics.lse)
         classifier, bias = problem.classifier, problem.bias
         largest = max([classifier.shape[1], *(len(tokens.rows) for tokens in self.groups)])
@@ -129,8 +147,7 @@ class _Sweep:
 
         for tokens in self.groups:
             kept = tokens.kept[(tokens.kept >= classes.start) & (tokens.kept < classes.stop)]
-            for first in range(0, len(tokens.rows) if len(kept) else 0, BLOCK_N):
-                part = slice(first, first + BLOCK_N)
+            for part in _parts(len(tokens.rows) if len(kept) else 0):
                 hidden = tokens.hidden[part].to(self.logits.dtype)
                 rows = self.problem.classifier[kept].to(self.logits.dtype)
                 dz = self._dz(kept, rows, hidden, tokens, part)  # [kept, n]
@@ -150,6 +167,8 @@ class _Sweep:
                 if d_classifier is not None:
                     _add_product(d_classifier, dz, hidden)
 
+            self._add_labels(classes, tokens, d_classifier, d_bias)
+
         if self.d_classifier is not None and d_classifier is not None:
             if self.logits.scale != 1:
                 d_classifier.mul_(self.logits.scale)
@@ -165,9 +184,27 @@ class _Sweep:
             d_hidden = self.problem.hidden.new_zeros(self.problem.hidden.shape)
             self.low_rank.add_to_d_hidden()
             for tokens in self.groups:
+                for part in _parts(len(tokens.rows)):
+                    rows = self.problem.classifier[tokens.labels[part]].to(self.logits.dtype)
+                    tokens.d_hidden[part].addcmul_(rows, tokens.dz_label[part][:, None])
                 tokens.d_hidden.mul_(self.logits.scale)
                 d_hidden.index_copy_(0, tokens.rows, tokens.d_hidden.to(d_hidden))
         return Gradients(d_hidden, self.d_classifier, self.d_bias)
+
+    def _add_labels(
+        self, classes: slice, tokens: _Tokens, d_classifier: Tensor | None, d_bias: Tensor
+    ) -> None:
+        """Each token's gradient at its label, to the rows of a block of classes."""
+        labels = tokens.labels
+        mine = ((labels >= classes.start) & (labels < classes.stop)).nonzero().squeeze(1)
+        for part in _parts(len(mine)):
+            index = labels[mine[part]] - classes.start
+            dz = tokens.dz_label[mine[part]]
+            sums = torch.zeros_like(d_bias, dtype=self.logits.wide)
+            d_bias += _add_rows(sums, index, dz.to(sums)).to(d_bias)
+            if d_classifier is not None:
+                hidden = tokens.hidden[mine[part]].to(self.logits.dtype)
+                _add_rows(d_classifier, index, hidden * dz[:, None])
 
     def _rows_to_fill(self, classes: slice) -> Tensor | None:
         """Where to sum the classifier's gradient: its own rows, if they are wide enough."""
@@ -184,22 +221,28 @@ class _Sweep:
         tokens: _Tokens,
         part: slice,
     ) -> Tensor:
-        """Gradient of the logits before the softcap, [v, n]; the onehot only at kept classes."""
+        """Gradient of the logits before the softcap, [v, n]; 0 at labels, see ``dz_label``."""
         problem, logits = self.problem, self.logits
         lse = tokens.lse[part]
         bias = None if problem.bias is None else problem.bias[classes]
         dz = logits.block(classifier, bias, hidden, lse)
         slope = logits.slope(dz, lse)
         dz.exp_().mul_(tokens.d_lse[part])
-        if not isinstance(classes, slice):
-            labels = tokens.labels[part]
+        labels = tokens.labels[part]
+        if isinstance(classes, slice):
+            row = labels - classes.start
+            mine = ((row >= 0) & (labels < classes.stop)).nonzero().squeeze(1)
+        else:
             row = torch.searchsorted(classes, labels).clamp_max(len(classes) - 1)
             mine = (classes[row] == labels).nonzero().squeeze(1)
-            dz[row[mine], mine] += tokens.d_target[part][mine]
+        at_label = row[mine], mine
+        dz[at_label] += tokens.d_target[part][mine]
         if slope is not None:
             if tokens.d_sum is not None and problem.logit_weight is not None:
                 dz.addr_(problem.logit_weight[classes].to(dz), tokens.d_sum[part])
             dz.mul_(slope)
+        tokens.dz_label[part][mine] = dz[at_label]
+        dz[at_label] = 0
         return dz
 
 
@@ -255,6 +298,18 @@ class _LowRank:
     def add_to_d_hidden(self) -> None:
         for tokens, row, across_tokens in self.terms:
             tokens.d_hidden.addr_(across_tokens, self.times_classifier[row])
+
+
+def _parts(length: int) -> Iterator[slice]:
+    """Slices of BLOCK_N tokens."""
+    return (slice(first, min(first + BLOCK_N, length)) for first in range(0, length, BLOCK_N))
+
+
+def _add_rows(out: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """``out[index] += values``, always in the same order, where ``index`` has repetitions."""
+    if out.device.type == "cuda":
+        return out.index_put_((index,), values, accumulate=True)  # sorts; index_add_ races
+    return out.index_add_(0, index, values)  # serial; index_put_ races
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:

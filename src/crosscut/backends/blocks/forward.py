@@ -74,10 +74,10 @@ def compute_statistics(problem: HeadProblem, *, filter_columns: bool) -> Statist
         return values.new_zeros(problem.labels.shape).index_copy_(0, rows, values)
 
     def none() -> Tensor:
-        return sweep.lse.new_empty(0)
+        return sweep.target_logit.new_empty(0)
 
     return Statistics(
-        lse=scatter(sweep.lse),
+        lse=scatter(sweep.lse.to(sweep.target_logit)),
         target_logit=scatter(sweep.target_logit),
         logit_sum=none() if problem.logit_weight is None else scatter(sweep.finish_logit_sum()),
         column_mass=sweep.column_mass,
@@ -96,7 +96,8 @@ class _Sweep:
         self.token_blocks = rows.split(BLOCK_N) if len(rows) else ()
 
         zeros = torch.zeros(rows.shape, dtype=self.logits.dtype, device=rows.device)
-        self.lse = torch.full_like(zeros, -math.inf)
+        # Rounded once, in the end: a float32 near 10 is off by 5e-7 each time it is added to.
+        self.lse = torch.full_like(zeros, -math.inf, dtype=self.logits.wide)
         self.target_logit = self._indexed_matmul(zeros.clone())
         # What the next block is made relative to: the running log-sum-exp, and before there is
         # one the target's logit. Always finite.
@@ -133,7 +134,7 @@ class _Sweep:
         classes = slice(start, start + BLOCK_V)
         classifier = self.problem.classifier[classes].to(self.logits.fast)  # [BLOCK_V, D]
         scouts = self.scouts[(self.scouts >= start) & (self.scouts < start + BLOCK_V)] - start
-        log_tail = torch.full_like(self.lse, -math.inf)
+        log_tail = torch.full_like(self.target_logit, -math.inf)
         for index, part, hidden in self._tokens():
             block, slope, reference = self._exponentials(
                 classes, classifier, hidden.to(classifier), part
@@ -153,7 +154,7 @@ class _Sweep:
         self, block: Tensor, reference: Tensor, index: int, part: slice, classes: slice
     ) -> Tensor:
         """Decide each column of a block; log of the tail's mass of each token, less reference."""
-        mass = block @ (reference - self.lse[part]).exp()  # [BLOCK_V]
+        mass = block @ (reference - self.lse[part]).exp().to(block)  # [BLOCK_V]
         threshold = block.shape[1] * min(DROP_BELOW, MAX_TAIL_MASS / self.num_classes)
         column_mass = self.column_mass[index, classes]
         dropped = (mass < threshold) & (column_mass != KEPT)  # a NaN is kept
@@ -163,8 +164,8 @@ class _Sweep:
     def settle_tail(self) -> Tensor:
         """Tail mass [R] under the final lse; column masses rescaled to it, or all kept."""
         if not self.log_tail:
-            return self.lse
-        tails = (torch.stack(self.log_tail) - self.lse).exp()  # [class blocks, R]
+            return self.target_logit.clone()
+        tails = (torch.stack(self.log_tail) - self.lse).exp().to(self.column_mass)  # [-, R]
         tail_mass = tails.sum(0)
         for index, part, _ in self._tokens():
             mass = self.column_mass[index]
@@ -248,9 +249,10 @@ class _Sweep:
         return block
 
     def _add_to_lse(self, exponentials: Tensor, reference: Tensor, part: slice) -> None:
-        lse = torch.logaddexp(self.lse[part], reference + exponentials.sum(0).log())
+        block_lse = reference.to(self.lse) + exponentials.sum(0).to(self.lse).log()
+        lse = torch.logaddexp(self.lse[part], block_lse)
         self.lse[part] = lse
-        self.reference[part] = torch.where(lse.isfinite(), lse, self.reference[part])
+        self.reference[part] = torch.where(lse.isfinite(), lse.to(reference), self.reference[part])
 
 
 def _most_frequent(labels: Tensor, most: int) -> Tensor:

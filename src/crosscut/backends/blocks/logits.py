@@ -51,11 +51,13 @@ class LogitBlocks:
     Attributes:
         dtype: dtype of the blocks and of every sum over them: float32 or float64.
         fast: dtype of the matmuls that sweep the whole vocabulary.
+        wide: dtype of [n] and [v] vectors that are added to many times. float64 where there is.
     """
 
     def __init__(self, problem: HeadProblem) -> None:
         self.dtype = problem.statistics_dtype
         self.fast = matmul_dtype(problem.hidden.dtype, problem.hidden.device)
+        self.wide = self.dtype if problem.hidden.device.type == "mps" else torch.float64
         self.scale = problem.options.logit_scale
         self.softcap = problem.options.softcap
         self._plain = self.scale == 1 and self.softcap is None and problem.bias is None
