@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import hypothesis
 import pytest
 import torch
+from judging import Head, make_head
 from torch import Tensor
 
 from crosscut import backends
+
+INTERPRETED = find_spec("triton") is not None and not torch.cuda.is_available()
+"""Whether Triton's kernels run in its interpreter: slowly, and without a GPU."""
+
+INTERPRETER_LOGITS = 10_000
+"""Most logits N * V of a head in the interpreter."""
+
+if INTERPRETED:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
 
 hypothesis.settings.register_profile(
     "crosscut", derandomize=True, deadline=None, max_examples=25, database=None
@@ -19,19 +32,52 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("crosscut")
 
 
-@pytest.fixture(params=backends.NAMES)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend's name: a new one runs the whole conformance suite by being listed."""
+def _places() -> Iterator[Any]:
+    """Every backend on every kind of device that is here."""
+    for name in backends.NAMES:
+        if name != "triton" or INTERPRETED:
+            yield pytest.param((name, "cpu"), id=f"{name}-cpu")
+        if torch.cuda.is_available():
+            yield pytest.param((name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(params=_places())
+def place(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A backend and a device: a new one runs the whole conformance suite by being listed."""
     return request.param
 
 
-DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] * torch.cuda.is_available())]
+@pytest.fixture
+def backend(place: tuple[str, str]) -> str:
+    """The backend's name."""
+    return place[0]
 
 
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    """The kinds of device that are here."""
-    return request.param
+@pytest.fixture
+def device(place: tuple[str, str]) -> str:
+    """Where its tensors live."""
+    return place[1]
+
+
+@pytest.fixture
+def widest(backend: str) -> torch.dtype:
+    """The widest dtype that the backend serves."""
+    return torch.float32 if backend == "triton" else torch.float64
+
+
+@pytest.fixture
+def make(backend: str, device: str, widest: torch.dtype) -> Callable[..., Head]:
+    """``judging.make_head`` on the backend's device, and in its widest dtype unless told."""
+    interpreted = backend == "triton" and device == "cpu"
+
+    def make(shape: Any, dtype: torch.dtype | None = None, **options: Any) -> Head:
+        batch, _, num_classes = shape
+        num_tokens = math.prod(batch) if isinstance(batch, tuple) else batch
+        if interpreted and num_tokens * num_classes > INTERPRETER_LOGITS:
+            pytest.skip("takes minutes in Triton's interpreter: for a GPU")
+        return make_head(shape, dtype or widest, device=device, **options)
+
+    return make
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,6 @@ from judging import (
     assert_as_accurate_as_pytorch,
     cotangents,
     error,
-    make_head,
     outcome,
     pairs,
     rounding,
@@ -26,7 +25,7 @@ from judging import (
 from torch import Tensor
 
 import crosscut
-from crosscut.options import POLICIES
+from crosscut.options import POLICIES, GradientPolicy
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 PAPER_POLICIES = [policy for policy in POLICIES if policy.startswith("cce")]
@@ -76,12 +75,25 @@ def judge(backend: str, head: Head, *, factor: float = 2.0, **options: Any) -> N
     """Compare with PyTorch, if the backend serves such a call at all."""
     if options.get("weight"):
         options["weight"] = head.class_weight
+    skip_if_not_served(backend, head, options.get("policy", "auto"))
+    if backend == "triton" and not head.input.is_cuda and head.input.dtype == torch.bfloat16:
+        factor *= 4  # Triton's interpreter truncates where a GPU rounds, dz and the result
+    assert_as_accurate_as_pytorch(head, factor=factor, backend=backend, **options)
+
+
+def head_of(input: Tensor, weight: Tensor, target: Tensor, dtype: torch.dtype, device: str) -> Head:
+    """A head from its parts."""
+    return Head(input.to(device, dtype), weight.to(device, dtype).contiguous(), target.to(device))
+
+
+def skip_if_not_served(backend: str, head: Head, policy: GradientPolicy) -> None:
+    """Skip the test if the backend objects to such a call."""
     objection = crosscut.explain(
-        head.input, head.linear_weight, head.target, linear_bias=head.linear_bias
-    ).verdicts[backend]
+        head.input, head.linear_weight, head.target, linear_bias=head.linear_bias,
+        policy=policy, backend=backend,
+    ).verdicts[backend]  # fmt: skip
     if objection:
         pytest.skip(f"{backend}: {objection}")
-    assert_as_accurate_as_pytorch(head, factor=factor, backend=backend, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -90,26 +102,26 @@ class TestLoss:
 
     @pytest.mark.parametrize("policy", ["auto", "filtered", "exact"])
     @pytest.mark.parametrize("shape", SMALL_SHAPES, ids=str)
-    def test_small_shapes(self, backend, device, dtype, shape, policy):
-        judge(backend, make_head(shape, dtype, device=device), policy=policy, reduction="sum")
+    def test_small_shapes(self, backend, make, dtype, shape, policy):
+        judge(backend, make(shape, dtype), policy=policy, reduction="sum")
 
     @pytest.mark.parametrize("policy", ["filtered", "exact"])
     @pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)
-    def test_shapes_across_blocks(self, backend, device, dtype, shape, policy):
-        head = make_head(shape, dtype, device=device, bias=True, ignored=0.2)
+    def test_shapes_across_blocks(self, backend, make, dtype, shape, policy):
+        head = make(shape, dtype, bias=True, ignored=0.2)
         judge(backend, head, policy=policy)
 
     @pytest.mark.parametrize("policy", ["auto", "filtered", "exact"])
     @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-    def test_options(self, backend, device, dtype, options, policy):
-        head = make_head(((3, 11), 17, 201), dtype, device=device, ignored=0.3)
+    def test_options(self, backend, make, dtype, options, policy):
+        head = make(((3, 11), 17, 201), dtype, ignored=0.3)
         judge(backend, head, policy=policy, **options)
-        judge(backend, make_head(((3, 11), 17, 201), dtype, device=device, bias=True), **options)
+        judge(backend, make(((3, 11), 17, 201), dtype, bias=True), **options)
 
     @pytest.mark.parametrize("policy", ["filtered", "exact"])
     @pytest.mark.parametrize("options", ["everything", "weight, smoothing", "softcap"])
-    def test_options_across_blocks(self, backend, device, dtype, options, policy):
-        head = make_head(((3, 350), 15, 4100), dtype, device=device, bias=True, ignored=0.2)
+    def test_options_across_blocks(self, backend, make, dtype, options, policy):
+        head = make(((3, 350), 15, 4100), dtype, bias=True, ignored=0.2)
         judge(backend, head, policy=policy, **OPTIONS[options])
 
 
@@ -117,19 +129,19 @@ class TestLabels:
     """Which targets count."""
 
     @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
-    def test_integer_dtypes(self, backend, dtype):
-        head = make_head((9, 4, 20), ignored=0.3)
+    def test_integer_dtypes(self, backend, make, dtype):
+        head = make((9, 4, 20), ignored=0.3)
         judge(backend, replace(head, target=head.target.to(dtype)), ignore_index=-100)
 
     @pytest.mark.parametrize("ignore_index", [-100, -1, -7, 0, 3, 19, 1000])
-    def test_ignore_index(self, backend, ignore_index):
-        head = make_head((40, 4, 20))
+    def test_ignore_index(self, backend, make, ignore_index):
+        head = make((40, 4, 20))
         target = head.target.clone()
         target[::3] = ignore_index
         judge(backend, replace(head, target=target), ignore_index=ignore_index, reduction="none")
 
-    def test_an_ignored_row_costs_nothing_and_gets_exactly_zero(self, backend):
-        head = make_head((40, 4, 20), torch.float32, bias=True, ignored=0.5)
+    def test_an_ignored_row_costs_nothing_and_gets_exactly_zero(self, backend, make):
+        head = make((40, 4, 20), torch.float32, bias=True, ignored=0.5)
         ignored = head.target == -100
         assert 0 < ignored.sum() < 40
         found = outcome(crosscut.linear_cross_entropy, head, backend=backend, reduction="none")
@@ -144,12 +156,12 @@ class TestLabels:
         )
 
     @pytest.mark.parametrize("shift", [1, 4, 5, 6])
-    def test_shift_up_to_and_past_the_sequence(self, backend, shift):
-        head = make_head(((3, 5), 4, 20))
+    def test_shift_up_to_and_past_the_sequence(self, backend, make, shift):
+        head = make(((3, 5), 4, 20))
         judge(backend, head, shift=shift, reduction="none")
 
-    def test_shift_equals_slicing(self, backend):
-        head = make_head(((3, 50), 4, 20), torch.float32, ignored=0.2)
+    def test_shift_equals_slicing(self, backend, make):
+        head = make(((3, 50), 4, 20), torch.float32, ignored=0.2)
         sliced = replace(head, input=head.input[:, :-2], target=head.target[:, 2:])
         shifted = outcome(crosscut.linear_cross_entropy, head, shift=2, backend=backend)
         by_hand = outcome(crosscut.linear_cross_entropy, sliced, backend=backend)
@@ -157,9 +169,9 @@ class TestLabels:
         torch.testing.assert_close(shifted.d_input[:, :-2], by_hand.d_input)
         assert (shifted.d_input[:, -2:] == 0).all()
 
-    def test_all_classes_are_labels(self, backend):
-        head = make_head((1500, 6, 1300), torch.float32)
-        target = torch.arange(1500) % 1300
+    def test_all_classes_are_labels(self, backend, make):
+        head = make((1500, 6, 1300), torch.float32)
+        target = torch.arange(1500, device=head.target.device) % 1300
         judge(backend, replace(head, target=target), policy="filtered")
 
 
@@ -173,8 +185,12 @@ class TestTokenStatistics:
         [{}, {"softcap": 3.0}, {"logit_scale": 0.3, "softcap": 2.0}],
         ids=["plain", "softcap", "scale, softcap"],
     )
-    def test_values_and_gradients(self, backend, dtype, options, policy):
-        head = make_head(((2, 30), 7, 4111), dtype, bias=True, ignored=0.2)
+    def test_values_and_gradients(self, backend, make, dtype, options, policy):
+        head = make(((2, 30), 7, 4111), dtype, bias=True, ignored=0.2)
+        skip_if_not_served(backend, head, policy)
+        slack = (
+            4 if backend == "triton" and dtype == torch.bfloat16 and not head.input.is_cuda else 2
+        )
         kept = head.target != -100
 
         def theirs(input: Tensor, weight: Tensor, target: Tensor, linear_bias: Tensor) -> Tensor:
@@ -199,11 +215,11 @@ class TestTokenStatistics:
             assert value is not None
             assert their is not None
             assert exact is not None
-            assert error(value, exact) <= 2 * error(their, exact) + rounding(dtype)
+            assert error(value, exact) <= slack * error(their, exact) + rounding(dtype)
 
     @pytest.mark.parametrize("which", ["lse", "target_logit"])
-    def test_gradient_of_one_alone(self, backend, which):
-        head = make_head((20, 5, 30), bias=True)
+    def test_gradient_of_one_alone(self, backend, make, which):
+        head = make((20, 5, 30), bias=True)
 
         def ours(input: Tensor, weight: Tensor, target: Tensor, linear_bias: Tensor) -> Tensor:
             found = crosscut.token_statistics(
@@ -215,18 +231,22 @@ class TestTokenStatistics:
             z = reference.logits(input, weight, linear_bias)
             return z.logsumexp(-1) if which == "lse" else z.gather(-1, target[:, None])[:, 0]
 
-        for _, value, exact in pairs(outcome(ours, head), outcome(theirs, head)):
-            assert error(value, exact) <= rounding(torch.float64)
+        dtype = head.input.dtype
+        expected = pairs(outcome(theirs, head), outcome(theirs, head.double()))
+        for (name, value, exact), (_, their, _) in zip(
+            pairs(outcome(ours, head), outcome(theirs, head.double())), expected, strict=True
+        ):
+            assert error(value, exact) <= 2 * error(their, exact) + rounding(dtype), name
 
-    def test_shift_puts_a_statistic_where_its_target_stands(self, backend):
-        head = make_head(((2, 6), 4, 9))
+    def test_shift_puts_a_statistic_where_its_target_stands(self, backend, make):
+        head = make(((2, 6), 4, 9))
         found = crosscut.token_statistics(
             head.input, head.linear_weight, head.target, shift=2, backend=backend
         )
-        z = reference.logits(head.input, head.linear_weight)[:, :-2]
-        assert error(found.lse[:, 2:], z.logsumexp(-1)) <= rounding(torch.float64)
+        z = reference.logits(head.input.double(), head.linear_weight.double())[:, :-2]
+        assert error(found.lse[:, 2:], z.logsumexp(-1)) <= rounding(head.input.dtype)
         logit = z.gather(-1, head.target[:, 2:, None])[..., 0]
-        assert error(found.target_logit[:, 2:], logit) <= rounding(torch.float64)
+        assert error(found.target_logit[:, 2:], logit) <= rounding(head.input.dtype)
         assert (found.lse[:, :2] == 0).all()
         assert (found.target_logit[:, :2] == 0).all()
 
@@ -236,22 +256,20 @@ class TestPaperPolicies:
     """Algorithm 3 of the paper with its tile filter, for comparison and reproduction."""
 
     @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-    def test_exact_where_no_tile_is_dead(self, backend, options, policy):
+    def test_exact_where_no_tile_is_dead(self, backend, make, options, policy):
         """With few classes every tile has an entry of 2**-12."""
-        for dtype in (torch.float64, torch.float32):
-            head = make_head(((3, 11), 17, 201), dtype, bias=True, ignored=0.3)
-            judge(backend, head, policy=policy, **options)
+        judge(backend, make(((3, 11), 17, 201), bias=True, ignored=0.3), policy=policy, **options)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    def test_low_precision(self, backend, dtype, policy):
-        judge(backend, make_head((33, 17, 201), dtype, bias=True), policy=policy)
+    def test_low_precision(self, backend, make, dtype, policy):
+        judge(backend, make((33, 17, 201), dtype, bias=True), policy=policy)
 
-    def test_across_blocks(self, backend, policy):
-        head = make_head((1100, 15, 4500), torch.float64, bias=True, ignored=0.2)
+    def test_across_blocks(self, backend, make, policy):
+        head = make((1100, 15, 4500), bias=True, ignored=0.2)
         sharp = replace(head, input=4 * head.input)  # of every 128 x 128 a softmax above 2**-12
         judge(backend, sharp, policy=policy, reduction="sum")
 
-    def test_tiles_below_epsilon_are_dropped(self, backend, policy):
+    def test_tiles_below_epsilon_are_dropped(self, backend, device, widest, policy):
         """With the identity as hidden states, dC is the transpose of the logits' gradient.
 
         What is dropped is therefore bounded entry by entry, and known tile by tile: 128 tokens by
@@ -262,14 +280,16 @@ class TestPaperPolicies:
         ramp = torch.linspace(3, -9, classes, dtype=torch.float64)
         z = torch.randn(tokens, classes, generator=gen, dtype=torch.float64)
         z += ramp[torch.randperm(classes, generator=gen)]
-        head = Head(torch.eye(tokens, dtype=torch.float64), z.t().contiguous(), z.argmax(1))
+        head = head_of(torch.eye(tokens), z.t(), z.argmax(1), widest, device)
+        options = {"reduction": "none"}
         found = outcome(
-            crosscut.linear_cross_entropy, head, policy=policy, reduction="none", backend=backend
+            crosscut.linear_cross_entropy, head, policy=policy, backend=backend, **options
         )
-        true = truth(head, reduction="none").d_weight.t()
+        theirs = outcome(reference.linear_cross_entropy, head, **options).d_weight.t()
+        true = truth(head, **options).d_weight.t()
 
-        difference = true / cotangents(found.loss)[:, None]  # softmax - onehot
-        alive = torch.zeros(tokens, classes, dtype=torch.bool)
+        difference = true / cotangents(found.loss.double())[:, None]  # softmax - onehot
+        alive = torch.zeros(tokens, classes, dtype=torch.bool, device=device)
         order = z.mean(0).argsort(descending=True)
         for some in torch.arange(tokens).split(128):
             for tile in order.split(128):
@@ -278,33 +298,36 @@ class TestPaperPolicies:
         assert (difference.abs() >= 2**-12)[alive].double().mean() > 0.1
         if policy == "cce_kahan_full_c":
             alive.fill_(True)
-        expected = torch.where(alive, true, 0)
-        assert error(found.d_weight.t(), expected) <= rounding(torch.float64)
+        expected, theirs = torch.where(alive, true, 0), torch.where(alive, theirs, 0)
+        allowed = 2 * error(theirs, expected) + rounding(widest)
+        assert error(found.d_weight.t(), expected) <= allowed
         assert ((found.d_weight.t() == 0) == ~alive).all()
 
-    def test_full_e_does_not_filter_the_hidden_gradient(self, backend, policy):
+    def test_full_e_does_not_filter_the_hidden_gradient(self, backend, device, widest, policy):
         """With the identity as classifier, dH is the gradient of the logits."""
         classes = 512
         gen = torch.Generator().manual_seed(0)
         z = torch.randn(200, classes, generator=gen, dtype=torch.float64)
         z[:, :100] += 14
-        head = Head(z, torch.eye(classes, dtype=torch.float64), z.argmax(1))
+        head = head_of(z, torch.eye(classes), z.argmax(1), widest, device)
+        options = {"reduction": "none"}
         found = outcome(
-            crosscut.linear_cross_entropy, head,
-            policy=policy, reduction="none", backend=backend,
-        )  # fmt: skip
-        true = truth(head, reduction="none")
+            crosscut.linear_cross_entropy, head, policy=policy, backend=backend, **options
+        )
+        theirs = outcome(reference.linear_cross_entropy, head, **options)
+        true = truth(head, **options)
         dropped = (found.d_input == 0) & (true.d_input != 0)
         if policy == "cce_kahan_full_e":
-            assert error(found.d_input, true.d_input) <= rounding(torch.float64)
+            allowed = 2 * error(theirs.d_input, true.d_input) + rounding(widest)
+            assert error(found.d_input, true.d_input) <= allowed
         else:
             assert dropped.double().mean() > 0.3
             given = cotangents(found.loss)[:, None]
             assert (found.d_input - true.d_input).div(given).abs().max() < 2**-12
 
-    def test_kahan_accumulates_wider(self, backend, policy):
+    def test_kahan_accumulates_wider(self, backend, make, policy):
         """In bfloat16 plain cce rounds after every block; the others once."""
-        head = make_head((60, 9, 41_000), torch.bfloat16)
+        head = make((60, 9, 41_000), torch.bfloat16)
         sharp = replace(head, input=3 * head.input)
         true = truth(sharp, reduction="sum")
         options = {"reduction": "sum", "backend": backend}

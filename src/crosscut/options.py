@@ -103,3 +103,24 @@ def _check_number(name: str, value: Any, needed: str) -> None:
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+_workspace_limit = 2**28
+
+
+def workspace_limit() -> int:
+    """Bytes that a backward may use for the gradient of a chunk of logits; 256 MiB unless set."""
+    return _workspace_limit
+
+
+def set_workspace_limit(num_bytes: int) -> None:
+    """Set what :func:`workspace_limit` returns, for this process.
+
+    A larger workspace makes fewer and fuller launches on a GPU. At least 128 classes are always
+    worked on at a time, whatever the limit. The backend ``blocks`` has a fixed workspace.
+    """
+    check_integer("num_bytes", num_bytes)
+    if num_bytes < 1:
+        raise ValueError(f"num_bytes must be at least 1, got {num_bytes}")
+    global _workspace_limit
+    _workspace_limit = num_bytes

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from crosscut.backends.blocks import BlocksBackend
 from crosscut.backends.protocol import Backend, HeadProblem
+from crosscut.backends.triton import TritonBackend
 
-_BACKENDS: tuple[Backend, ...] = (BlocksBackend(),)  # in order of preference
+_BACKENDS: tuple[Backend, ...] = (TritonBackend(), BlocksBackend())  # in order of preference
 NAMES: tuple[str, ...] = tuple(backend.name for backend in _BACKENDS)
 
 

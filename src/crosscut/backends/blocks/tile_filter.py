@@ -73,7 +73,7 @@ def tile_filtered_backward(
             if needs.classifier:
                 strips = part.any(1).nonzero().squeeze(1)
                 d_c.index_add_(0, strips, (part[strips].to(h) @ h).to(d_c))
-            d_b += part.sum(1)
+            d_b += (dz if "full" in policy else filtered).sum(1)
         d_classifier[classes] = (d_c * logits.scale).to(d_classifier)
         if d_bias is not None:
             d_bias[classes] = d_b.to(d_bias)

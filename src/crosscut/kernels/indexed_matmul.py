@@ -1,0 +1,90 @@
+"""Indexed matmul: Algorithm 1 of the paper (arXiv:2411.09009).
+
+    target_logit[n] = softcap(logit_scale * H[n] . C[y_n] + bias[y_n])
+
+Program i owns tokens BLOCK_N i to BLOCK_N (i + 1) and walks over D:
+
+    H [BLOCK_N, D]     ->->->
+    C[y] [BLOCK_N, D]  ->->->      sum of products   [BLOCK_N]
+
+2ND flop, two rows read a token, 4N bytes written, no workspace. Products and sums in float32. A
+label outside of [0, V) gets 0: one that is ignored, or a class of another vocabulary shard.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from crosscut.kernels.tiles import logits_of
+
+BLOCK_N = 16
+BLOCK_D = 128
+
+
+@triton.jit
+def indexed_matmul_kernel(
+    hidden_ptr,
+    classifier_ptr,
+    bias_ptr,
+    labels_ptr,
+    target_logit_ptr,
+    num_tokens,
+    num_classes,
+    hidden_size,
+    stride_v,
+    stride_d,
+    logit_scale,
+    softcap,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    tokens = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    labels = tl.load(labels_ptr + tokens, mask=tokens < num_tokens, other=-1)
+    known = (labels >= 0) & (labels < num_classes)
+    hidden_rows = hidden_ptr + tokens[:, None].to(tl.int64) * hidden_size
+    classifier_rows = classifier_ptr + labels[:, None].to(tl.int64) * stride_v
+
+    total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for start in range(0, hidden_size, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)[None, :].to(tl.int64)
+        mask = known[:, None] & (d < hidden_size)
+        h = tl.load(hidden_rows + d, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
+        c = tl.load(classifier_rows + d * stride_d, mask=mask, other=0.0).to(tl.float32)
+        total += h * c
+    bias = None
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + labels, mask=known, other=0.0).to(tl.float32)
+    z = logits_of(tl.sum(total, 1), bias, logit_scale, softcap)
+    tl.store(target_logit_ptr + tokens, tl.where(known, z, 0.0), mask=tokens < num_tokens)
+
+
+def indexed_matmul(
+    hidden: Tensor,
+    classifier: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    logit_scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """``target_logit`` [N] float32, 0 where the label is no class. ``hidden`` is contiguous."""
+    target_logit = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    grid = (triton.cdiv(len(hidden), BLOCK_N),)
+    indexed_matmul_kernel[grid](
+        hidden,
+        classifier,
+        bias,
+        labels,
+        target_logit,
+        *(len(hidden), len(classifier), hidden.shape[1]),
+        *classifier.stride(),
+        logit_scale,
+        softcap,
+        BLOCK_N=BLOCK_N,
+        BLOCK_D=BLOCK_D,
+        num_warps=4,
+    )
+    return target_logit

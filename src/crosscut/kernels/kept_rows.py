@@ -1,0 +1,57 @@
+"""The list of tokens that take part, made on the device.
+
+    count    R, the number of labels >= 0
+    rows     their positions, ascending; -1 from the R-th entry on
+    place    of each token, where it stands in ``rows``; -1 if it does not
+
+Neither the host nor any launch depends on R: kernels read it from memory, and their grids are one
+program a multiprocessor whatever it is. So a token without a label costs nothing and the host never
+waits.
+
+One program walks over the labels; 8N bytes read, 8N written (about 10 us for 8192 tokens).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class KeptRows(NamedTuple):
+    """The tokens that take part; see the module. All int32."""
+
+    count: Tensor  # [1]
+    rows: Tensor  # [N]
+    place: Tensor  # [N]
+
+
+@triton.jit
+def kept_rows_kernel(labels_ptr, count_ptr, rows_ptr, place_ptr, num_tokens, BLOCK: tl.constexpr):
+    count = 0
+    for start in range(0, num_tokens, BLOCK):
+        tokens = start + tl.arange(0, BLOCK)  # [BLOCK]
+        labels = tl.load(labels_ptr + tokens, mask=tokens < num_tokens, other=-1)
+        kept = (labels >= 0).to(tl.int32)
+        place = count + tl.cumsum(kept, 0) - 1
+        tl.store(rows_ptr + place, tokens, mask=kept > 0)
+        tl.store(place_ptr + tokens, tl.where(kept > 0, place, -1), mask=tokens < num_tokens)
+        count += tl.sum(kept, 0)
+    tl.store(count_ptr, count)
+    for start in range(count, num_tokens, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        tl.store(rows_ptr + places, -1, mask=places < num_tokens)
+
+
+def kept_rows(labels: Tensor) -> KeptRows:
+    """The rows of ``labels`` [N] int64 that are >= 0."""
+
+    def new(size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.int32, device=labels.device)
+
+    kept = KeptRows(new(1), new(len(labels)), new(len(labels)))
+    kept_rows_kernel[(1,)](labels, *kept, len(labels), BLOCK=4096, num_warps=8)
+    return kept

@@ -1,0 +1,302 @@
+"""Linear log-sum-exp: Algorithm 2 of the paper (arXiv:2411.09009).
+
+    lse[n] = log sum_v exp z[n, v]          z = softcap(logit_scale * H C^T + bias)
+
+and, where ``logit_weight`` is given, ``logit_sum[n] = sum_v logit_weight[v] z[n, v]``. Logits are
+made tile by tile in registers, reduced to a running (max, sum) a token, and dropped.
+
+**Who owns what.** One program a multiprocessor. Token tiles are worked on in groups whose hidden
+states fit in the L2 cache. Of P programs and G tiles in a group, P // G work on each tile: each on
+a slice of the vocabulary of W class tiles. The programs left over share a last, narrower slice, W
+being such that all finish together. With P = 14, G = 4:
+
+                     classes ->
+    token tile 0     0000000000  4444444444  88888888888  CC
+    token tile 1     1111111111  5555555555  99999999999  CC    13 programs of equal work in 3
+    token tile 2     2222222222  6666666666  AAAAAAAAAAA  DD    wide slices and 2 in the last
+    token tile 3     3333333333  7777777777  BBBBBBBBBBB  DD
+                     slice 0     slice 1     slice 2      slice 3
+
+All programs of a slice walk it in step, so a tile of C comes from memory once for the group, and
+everything else from L2.
+
+**Result.** A program stores one log-sum-exp a (token, slice), with a plain store. A second kernel
+combines a token's slices in order. No atomics: reruns are bitwise equal.
+
+**Cost.** 2NVD flop. C is read once a group of tokens, H once. Workspace: 4 bytes a (token, slice),
+and there are few slices when there are many tokens: at most 512 bytes for each program and group.
+
+**Numerics.** Sums, maxima and exponentials in float32. A column of -inf adds nothing;
+a NaN reaches the result.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from crosscut.kernels.kept_rows import KeptRows
+from crosscut.kernels.tiles import (
+    LOG2_E,
+    Tiles,
+    column_part,
+    descriptor,
+    load_rows,
+    logits_of,
+    num_programs,
+    product_tile,
+    tiles_in_group,
+)
+
+MORE_GROUPS = tl.constexpr(4)  # group counts tried, from the fewest that fit in L2
+
+
+@triton.jit
+def slices_of(token_tiles, class_tiles, programs, most_tiles):
+    """How token tiles are grouped and the vocabulary is cut.
+
+    Returns the tiles in a group, the number of wide slices, their width in tiles, and whether
+    there is a last, narrower slice.
+    """
+    fewest = tl.cdiv(token_tiles, most_tiles)
+    best_group, best_wide, best_width, best_time = 1, programs, class_tiles, 2147483647
+    for groups in range(fewest, fewest + MORE_GROUPS):
+        group = tl.maximum(tl.cdiv(token_tiles, groups), 1)
+        wide = programs // group
+        left = programs - wide * group
+        if left > 0:  # each of them takes `each` token tiles of the last slice
+            each = tl.cdiv(group, left)
+            width = tl.cdiv(each * class_tiles, wide * each + 1)
+        else:
+            width = tl.cdiv(class_tiles, wide)
+        time = tl.cdiv(token_tiles, group) * width
+        if time < best_time:
+            best_group, best_wide, best_width, best_time = group, wide, width, time
+    return best_group, best_wide, best_width, programs > best_wide * best_group
+
+
+@triton.jit
+def sweep_slice(
+    hidden_ptr,
+    hidden_desc,
+    classifier_ptr,
+    classifier_desc,
+    bias_ptr,
+    logit_weight_ptr,
+    rows,  # [BLOCK_N]
+    first_row,
+    first_tile,
+    last_tile,
+    num_classes,
+    hidden_size,
+    stride_v,
+    stride_d,
+    logit_scale,
+    softcap,
+    GATHER: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """``log sum exp z`` and ``sum logit_weight z`` [BLOCK_N] over some tiles of classes."""
+    BLOCK_N: tl.constexpr = TILE[0]
+    BLOCK_V: tl.constexpr = TILE[1]
+    highest = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)  # of exp(z - highest)
+    logit_sum = tl.zeros((BLOCK_N,), tl.float32)
+    for tile in range(first_tile, last_tile):
+        product = product_tile(
+            hidden_ptr, hidden_desc, classifier_ptr, classifier_desc, rows, first_row,
+            tile * BLOCK_V, num_classes, hidden_size, stride_v, stride_d, GATHER, TILE,
+        )  # fmt: skip
+        simple: tl.constexpr = bias_ptr is None and softcap is None and logit_weight_ptr is None
+        PARTS: tl.constexpr = 2 if simple else 4
+        for part in tl.static_range(PARTS):
+            first_class = tile * BLOCK_V + part * (BLOCK_V // PARTS)
+            classes = first_class + tl.arange(0, BLOCK_V // PARTS)
+            z = column_part(product, part, PARTS, BLOCK_N, BLOCK_V)  # [BLOCK_N, BLOCK_V / PARTS]
+            if simple:
+                z *= logit_scale
+            else:
+                bias = None
+                if bias_ptr is not None:
+                    bias = tl.load(bias_ptr + classes, mask=classes < num_classes, other=0.0)
+                    bias = bias.to(tl.float32)[None, :]
+                z = logits_of(z, bias, logit_scale, softcap)
+                if logit_weight_ptr is not None:
+                    inside = classes < num_classes
+                    weight = tl.load(logit_weight_ptr + classes, mask=inside, other=0.0)
+                    weighted = tl.where(inside[None, :], weight[None, :] * z, 0.0)
+                    logit_sum += tl.sum(weighted, 1)
+            if first_class + BLOCK_V // PARTS > num_classes:
+                z = tl.where((classes < num_classes)[None, :], z, -float("inf"))
+            higher = tl.maximum(highest, tl.max(z, 1))
+            reference = tl.where(higher == -float("inf"), 0.0, higher)
+            total *= tl.exp2((highest - reference) * LOG2_E)
+            total += tl.sum(tl.exp2((z - reference[:, None]) * LOG2_E), 1)
+            highest = higher
+    return highest + tl.log(total), logit_sum
+
+
+@triton.jit
+def linear_lse_kernel(
+    hidden_ptr,
+    hidden_desc,
+    classifier_ptr,
+    classifier_desc,
+    bias_ptr,
+    logit_weight_ptr,
+    num_rows_ptr,
+    rows_ptr,
+    slice_lse_ptr,
+    slice_sum_ptr,
+    num_classes,
+    hidden_size,
+    stride_v,
+    stride_d,
+    logit_scale,
+    softcap,
+    most_tiles,
+    TILE: tl.constexpr,
+):
+    BLOCK_N: tl.constexpr = TILE[0]
+    BLOCK_V: tl.constexpr = TILE[1]
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    num_rows = tl.load(num_rows_ptr)
+    token_tiles, class_tiles = tl.cdiv(num_rows, BLOCK_N), tl.cdiv(num_classes, BLOCK_V)
+    group, wide, width, has_last = slices_of(token_tiles, class_tiles, programs, most_tiles)
+
+    # This program's slice, and its token tiles in each group.
+    if program < wide * group:
+        my_slice, first, each = program // group, program % group, 1
+    else:
+        each = tl.cdiv(group, programs - wide * group)
+        my_slice, first = wide, (program - wide * group) * each
+    first_tile = tl.minimum(my_slice * width, class_tiles)
+    last_tile = class_tiles if my_slice == wide else tl.minimum(first_tile + width, class_tiles)
+
+    for start in range(0, token_tiles, group):
+        end = tl.minimum(tl.minimum(first + each, group) + start, token_tiles)
+        for tile in range(start + first, end):
+            rows, valid, first_row, no_gap = load_rows(rows_ptr, tile, num_rows, BLOCK_N)
+            if hidden_desc is not None and no_gap:
+                lse, logit_sum = sweep_slice(
+                    hidden_ptr, hidden_desc, classifier_ptr, classifier_desc, bias_ptr,
+                    logit_weight_ptr, rows, first_row, first_tile, last_tile, num_classes,
+                    hidden_size, stride_v, stride_d, logit_scale, softcap,
+                    False, TILE,
+                )  # fmt: skip
+            else:
+                lse, logit_sum = sweep_slice(
+                    hidden_ptr, hidden_desc, classifier_ptr, classifier_desc, bias_ptr,
+                    logit_weight_ptr, rows, first_row, first_tile, last_tile, num_classes,
+                    hidden_size, stride_v, stride_d, logit_scale, softcap,
+                    True, TILE,
+                )  # fmt: skip
+            place = (tile * BLOCK_N + tl.arange(0, BLOCK_N)) * (wide + has_last) + my_slice
+            tl.store(slice_lse_ptr + place, lse, mask=valid)
+            if slice_sum_ptr is not None:
+                tl.store(slice_sum_ptr + place, logit_sum, mask=valid)
+
+
+@triton.jit
+def combine_slices_kernel(
+    slice_lse_ptr,
+    slice_sum_ptr,
+    num_rows_ptr,
+    rows_ptr,
+    lse_ptr,
+    logit_sum_ptr,
+    num_classes,
+    programs,
+    most_tiles,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One program a token tile; slices in order. [R, slices] in, [N] out, at the rows' places."""
+    num_rows = tl.load(num_rows_ptr)
+    token_tiles, class_tiles = tl.cdiv(num_rows, BLOCK_N), tl.cdiv(num_classes, BLOCK_V)
+    _group, wide, _width, has_last = slices_of(token_tiles, class_tiles, programs, most_tiles)
+    slices = wide + has_last
+    tile = tl.program_id(0)
+    if tile < token_tiles:
+        rows, valid, _first, _no_gap = load_rows(rows_ptr, tile, num_rows, BLOCK_N)
+        place = (tile * BLOCK_N + tl.arange(0, BLOCK_N)) * slices
+        highest = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+        total = tl.zeros((BLOCK_N,), tl.float32)
+        logit_sum = tl.zeros((BLOCK_N,), tl.float32)
+        for index in range(slices):
+            lse = tl.load(slice_lse_ptr + place + index, mask=valid, other=0.0)
+            higher = tl.maximum(highest, lse, propagate_nan=tl.PropagateNan.ALL)
+            reference = tl.where(higher == -float("inf"), 0.0, higher)
+            total = total * tl.exp(highest - reference) + tl.exp(lse - reference)
+            highest = higher
+            if slice_sum_ptr is not None:
+                logit_sum += tl.load(slice_sum_ptr + place + index, mask=valid, other=0.0)
+        tl.store(lse_ptr + rows, highest + tl.log(total), mask=valid)
+        if logit_sum_ptr is not None:
+            tl.store(logit_sum_ptr + rows, logit_sum, mask=valid)
+
+
+def linear_lse(
+    hidden: Tensor,
+    classifier: Tensor,
+    bias: Tensor | None,
+    logit_weight: Tensor | None,
+    kept: KeptRows,
+    tiles: Tiles,
+    *,
+    logit_scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor | None]:
+    """``lse`` and, given ``logit_weight``, ``logit_sum``: [N] float32, 0 at rows left out.
+
+    Args:
+        hidden: [N, D], contiguous.
+        classifier: [V, D].
+        bias: [V] or None.
+        logit_weight: [V] float32 or None.
+        kept: the rows that take part.
+        tiles: BLOCK_N tokens x BLOCK_V classes, in steps of BLOCK_D dimensions.
+        logit_scale: factor of the products.
+        softcap: None for no softcap.
+    """
+    num_tokens, num_classes = len(hidden), len(classifier)
+    programs, most_tiles = num_programs(hidden.device), tiles_in_group(hidden, tiles)
+    token_tiles = triton.cdiv(num_tokens, tiles.block_n)
+    most_groups = min(triton.cdiv(token_tiles, most_tiles) + MORE_GROUPS.value, token_tiles)
+    slots = tiles.block_n * (most_groups * programs + token_tiles)  # for any number of rows
+
+    def zeros(size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.float32, device=hidden.device)
+
+    slice_lse = torch.empty(slots, dtype=torch.float32, device=hidden.device)
+    slice_sum = None if logit_weight is None else torch.empty_like(slice_lse)
+    linear_lse_kernel[(programs,)](
+        hidden,
+        descriptor(hidden, (tiles.block_n, tiles.block_d), tiles),
+        classifier,
+        descriptor(classifier, (tiles.block_v, tiles.block_d), tiles),
+        bias,
+        logit_weight,
+        kept.count,
+        kept.rows,
+        slice_lse,
+        slice_sum,
+        num_classes,
+        hidden.shape[1],
+        *classifier.stride(),
+        logit_scale,
+        softcap,
+        most_tiles,
+        TILE=tiles.constants,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    lse = zeros(num_tokens)
+    logit_sum = None if logit_weight is None else zeros(num_tokens)
+    combine_slices_kernel[(token_tiles,)](
+        slice_lse, slice_sum, kept.count, kept.rows, lse, logit_sum, num_classes, programs,
+        most_tiles, BLOCK_N=tiles.block_n, BLOCK_V=tiles.block_v, num_warps=4,
+    )  # fmt: skip
+    return lse, logit_sum

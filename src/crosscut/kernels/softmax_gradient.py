@@ -1,0 +1,214 @@
+"""Gradient of a chunk of logits: the first half of Algorithm 3 of the paper (arXiv:2411.09009).
+
+With ``p = exp(z - lse)`` and one cotangent a statistic, over the classes of one chunk,
+
+    dz[n, v] = (d_lse[n] p[n, v] + d_target[n] [v = y_n] + d_sum[n] logit_weight[v]) * slope[n, v]
+
+where ``slope = 1 - (z / softcap)^2``. It is stored in the dtype of H: what the matmuls
+``dH += dz C`` and ``dC = dz^T H`` want. The chunk's logits are made again in registers.
+
+**Filter** (section 4.3). Where asked for, tiles of BLOCK_N tokens x FILTER_V classes in which every
+``|p - onehot|`` is below EPSILON are marked dead; with BLOCK_N = 128 they are the paper's.
+
+**Who owns what.** One program a multiprocessor; program i of P owns tiles i, i + P, i + 2P, ... in
+this order, in groups of token tiles whose hidden states fit in the L2 cache:
+
+              classes of the chunk ->
+    group 0    0  3  6  9          All programs are near each other: a tile of C comes from
+               1  4  7  ..         memory once for the group, and everything else from L2.
+               2  5  8  ..
+    group 1   ..
+
+Tokens here are only those that take part, side by side. Past the last of them a tile is zero.
+
+**Cost.** 2 flop a (token, class, dimension) and 2 bytes written a (token, class).
+
+**Numerics.** float32 until the store.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from crosscut.kernels.tiles import (
+    LOG2_E,
+    Tiles,
+    column_part,
+    descriptor,
+    logits_of,
+    num_programs,
+    product_tile,
+    tiles_in_group,
+)
+
+EPSILON = tl.constexpr(2.0**-12)
+FILTER_V = tl.constexpr(128)
+
+
+class Tokens(NamedTuple):
+    """The tokens that take part, side by side; rows from R on are zeros, labels -1."""
+
+    num_rows: Tensor  # R, [1] int32
+    hidden: Tensor  # [N, D]
+    labels: Tensor  # [N] int64, places among the classes of the call
+    vectors: Tensor  # [N, 4] float32: lse, and the cotangents of lse, target_logit, logit_sum
+
+
+class HeadChunk(NamedTuple):
+    """Some consecutive classes."""
+
+    first: int
+    classifier: Tensor  # [chunk, D]
+    bias: Tensor | None  # [chunk]
+    logit_weight: Tensor | None  # [chunk] float32
+
+
+@triton.jit
+def gradient_tile(
+    z,  # [BLOCK_N, BLOCK_V], products
+    bias_ptr,
+    logit_weight_ptr,
+    vectors,  # [BLOCK_N, 1] pointers to a token's lse, d_lse, d_target, d_sum
+    target,  # [BLOCK_N], the label's place in the chunk
+    classes,  # [BLOCK_V]
+    num_classes,
+    logit_scale,
+    softcap,
+):
+    """``dz`` and ``|p - onehot|`` [BLOCK_N, BLOCK_V] in float32; any value past the end."""
+    bias = None
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + classes, mask=classes < num_classes, other=0.0)
+        bias = bias.to(tl.float32)[None, :]
+    z = logits_of(z, bias, logit_scale, softcap)
+    lse2 = tl.load(vectors) * LOG2_E
+    p = tl.exp2(z * LOG2_E - lse2)
+    is_target = classes[None, :] == target[:, None]
+    dz = tl.load(vectors + 1) * p + tl.where(is_target, tl.load(vectors + 2), 0.0)
+    if logit_weight_ptr is not None:
+        weight = tl.load(logit_weight_ptr + classes, mask=classes < num_classes, other=0.0)
+        dz += tl.load(vectors + 3) * weight[None, :]
+    if softcap is not None:
+        capped = z / softcap
+        dz *= 1 - capped * capped
+    return dz, tl.abs(tl.where(is_target, p - 1, p))
+
+
+@triton.jit
+def softmax_gradient_kernel(
+    num_rows_ptr,
+    hidden_ptr,
+    hidden_desc,
+    labels_ptr,
+    vectors_ptr,  # [N, 4]
+    classifier_ptr,
+    classifier_desc,
+    bias_ptr,
+    logit_weight_ptr,
+    dz_ptr,
+    alive_ptr,
+    num_tokens,
+    first_label,
+    num_classes,
+    hidden_size,
+    stride_v,
+    stride_d,
+    stride_dz,
+    logit_scale,
+    softcap,
+    most_tiles,
+    TILE: tl.constexpr,
+):
+    BLOCK_N: tl.constexpr = TILE[0]
+    BLOCK_V: tl.constexpr = TILE[1]
+    num_rows = tl.load(num_rows_ptr)
+    token_tiles, class_tiles = tl.cdiv(num_rows, BLOCK_N), tl.cdiv(num_classes, BLOCK_V)
+    groups = tl.cdiv(token_tiles, most_tiles)
+    group = tl.cdiv(token_tiles, tl.maximum(groups, 1))
+
+    for index in range(tl.program_id(0), token_tiles * class_tiles, tl.num_programs(0)):
+        start = index // (group * class_tiles) * group
+        in_group = index - start * class_tiles
+        height = tl.minimum(group, token_tiles - start)
+        first_class = in_group // height * BLOCK_V
+        tile = start + in_group % height
+        tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        rows = tl.minimum(tokens, num_rows - 1).to(tl.int64)
+        product = product_tile(
+            hidden_ptr, hidden_desc, classifier_ptr, classifier_desc, rows, tile * BLOCK_N,
+            first_class, num_classes, hidden_size, stride_v, stride_d, False, TILE,
+        )  # fmt: skip
+
+        # A whole tile of results beside its pointers does not fit in the registers.
+        PARTS: tl.constexpr = 4
+        IN_TILE: tl.constexpr = FILTER_V // (BLOCK_V // PARTS)  # parts in a tile of the filter
+        tl.static_assert(alive_ptr is None or (BLOCK_V == FILTER_V or BLOCK_V == 2 * FILTER_V))
+        alive = 0
+        for part in tl.static_range(PARTS):
+            first = first_class + part * (BLOCK_V // PARTS)
+            classes = first + tl.arange(0, BLOCK_V // PARTS)
+            target = tl.load(labels_ptr + rows) - first_label
+            dz, difference = gradient_tile(
+                column_part(product, part, PARTS, BLOCK_N, BLOCK_V),
+                bias_ptr, logit_weight_ptr, vectors_ptr + rows[:, None] * 4, target, classes,
+                num_classes, logit_scale, softcap,
+            )  # fmt: skip
+            inside = (tokens < num_rows)[:, None] & (classes < num_classes)[None, :]
+            if alive_ptr is not None:
+                reaches = inside & ~(difference < EPSILON)  # a NaN is alive
+                alive = tl.maximum(alive, tl.max(reaches.to(tl.int32)))
+                if part + 1 == IN_TILE or part + 1 == PARTS:
+                    column, columns = first // FILTER_V, tl.cdiv(num_classes, FILTER_V)
+                    place = alive_ptr + tile * columns + column
+                    tl.store(place, alive.to(tl.int8), mask=column < columns)
+                    alive = 0
+            place = dz_ptr + tokens.to(tl.int64)[:, None] * stride_dz + classes[None, :]
+            mask = (tokens < num_tokens)[:, None] & (classes < num_classes)[None, :]
+            dz = tl.where(inside, dz, 0.0).to(dz_ptr.dtype.element_ty)
+            tl.store(place, dz, mask=mask)
+
+
+def softmax_gradient(
+    dz: Tensor,
+    tokens: Tokens,
+    chunk: HeadChunk,
+    tiles: Tiles,
+    *,
+    logit_scale: float,
+    softcap: float | None,
+    alive: Tensor | None = None,
+) -> None:
+    """Fill the first R rows of ``dz`` [N, chunk], and those of R's tile with zeros.
+
+    ``dz`` has contiguous rows, in any float dtype. It is the gradient of the logits before the
+    softcap and after the scale. ``alive`` [token tiles, class tiles] int8 or None: 1 for each tile
+    of BLOCK_N x FILTER_V that the filter keeps; tiles of tokens past R are left as they were.
+    """
+    softmax_gradient_kernel[(num_programs(dz.device),)](
+        tokens.num_rows,
+        tokens.hidden,
+        descriptor(tokens.hidden, (tiles.block_n, tiles.block_d), tiles),
+        tokens.labels,
+        tokens.vectors,
+        chunk.classifier,
+        descriptor(chunk.classifier, (tiles.block_v, tiles.block_d), tiles),
+        chunk.bias,
+        chunk.logit_weight,
+        dz,
+        alive,
+        len(dz),
+        chunk.first,
+        *chunk.classifier.shape,
+        *chunk.classifier.stride(),
+        dz.stride(0),
+        logit_scale,
+        softcap,
+        tiles_in_group(tokens.hidden, tiles),
+        TILE=tiles.constants,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )

@@ -1,0 +1,255 @@
+"""The two products of Algorithm 3 of the paper (arXiv:2411.09009), over the tiles worth it.
+
+With ``dz`` [R, chunk] the gradient of a chunk of logits,
+
+    dC[chunk] = scale * dz^T H         of [chunk, D], complete: sums over all tokens
+    dH       += dz C[chunk]            of [R, D], float32 or the dtype of the inputs
+
+both written as ``out = L B``, L being ``dz`` or its transpose:
+
+                         B  [K, D]
+                       +-----+-----+
+                       |     |#####|  BLOCK_K x BLOCK_D
+                       +-----+-----+
+    L [M, K]           out [M, D]
+    +-----+-----+      +-----+-----+
+    |#####|     |  --> |     | out |  BLOCK_M x BLOCK_D
+    +-----+-----+      +-----+-----+
+
+**Which steps.** All of K; or, given lists of live tiles (the paper's gradient filter), for each
+TILE rows of L only the listed TILE columns.
+
+**Who owns what.** One program a multiprocessor; program i of P owns tiles i, i + P, ... of ``out``,
+column tiles first: what runs at once shares few rows of L and all of B. Nobody else writes a tile,
+and sums are in one order: reruns are bitwise equal.
+
+**Cost.** 2MKD flop, less what is not listed. No workspace.
+
+**Numerics.** Operands in their own dtype, sums in float32. Tokens past the last one are zeros in L.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from crosscut.kernels.tiles import Tiles, column_part, descriptor, dot_tile, num_programs
+
+TILE = 128
+"""Tokens, and classes, of a tile of the filter."""
+
+
+class LiveTiles(NamedTuple):
+    """For each TILE rows of L, which TILE columns of it are not zero."""
+
+    count: Tensor  # [M tiles] int32
+    columns: Tensor  # [M tiles, K tiles] int32; of row i the first ``count[i]`` count
+
+
+@triton.jit
+def live_tiles_kernel(
+    alive_ptr, count_ptr, columns_ptr, num_columns, stride_m, stride_k, BLOCK: tl.constexpr
+):
+    """Program i lists the live tiles of row i."""
+    row = tl.program_id(0)
+    count = 0
+    for start in range(0, num_columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        place = alive_ptr + row * stride_m + column * stride_k
+        alive = tl.load(place, mask=column < num_columns, other=0).to(tl.int32)
+        index = count + tl.cumsum(alive, 0) - 1
+        tl.store(columns_ptr + row * num_columns + index, column, mask=alive > 0)
+        count += tl.sum(alive, 0)
+    tl.store(count_ptr + row, count)
+
+
+def live_tiles(alive: Tensor) -> LiveTiles:
+    """The lists for ``alive`` [M tiles, K tiles] int8, 0 or 1."""
+    rows, columns = alive.shape
+    live = LiveTiles(
+        torch.empty(rows, dtype=torch.int32, device=alive.device),
+        torch.empty(rows, columns, dtype=torch.int32, device=alive.device),
+    )
+    live_tiles_kernel[(rows,)](alive, *live, columns, *alive.stride(), BLOCK=128, num_warps=1)
+    return live
+
+
+@triton.jit
+def tile_matmul_kernel(
+    left_ptr,
+    left_desc,
+    right_ptr,
+    right_desc,
+    live_count_ptr,
+    live_columns_ptr,
+    num_rows_ptr,
+    scale_ptr,
+    out_rows_ptr,
+    out_ptr,
+    num_classes,
+    hidden_size,
+    most_live,
+    stride_left,
+    stride_right,
+    stride_right_d,
+    OF_CLASSES: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    LIVE_TILE: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    BLOCK_M: tl.constexpr = TILES[0]
+    BLOCK_D: tl.constexpr = TILES[1]
+    BLOCK_K: tl.constexpr = TILES[2]
+    PRECISION: tl.constexpr = TILES[3]
+    tl.static_assert(live_count_ptr is None or BLOCK_K == LIVE_TILE)
+    num_rows = tl.load(num_rows_ptr)
+    if OF_CLASSES:
+        m_size, k_size = num_classes, num_rows
+    else:
+        m_size, k_size = num_rows, num_classes
+    d_tiles = tl.cdiv(hidden_size, BLOCK_D)
+
+    for index in range(tl.program_id(0), tl.cdiv(m_size, BLOCK_M) * d_tiles, tl.num_programs(0)):
+        first_m = index // d_tiles * BLOCK_M
+        first_d = index % d_tiles * BLOCK_D
+        m = first_m + tl.arange(0, BLOCK_M)
+        d = first_d + tl.arange(0, BLOCK_D)
+        if live_count_ptr is None:
+            steps = tl.cdiv(k_size, BLOCK_K)
+        else:
+            live = live_columns_ptr + first_m // LIVE_TILE * most_live
+            steps = tl.load(live_count_ptr + first_m // LIVE_TILE)
+
+        total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for step in range(0, steps):
+            first_k = step * BLOCK_K
+            if live_count_ptr is not None:
+                first_k = tl.load(live + step) * BLOCK_K
+            k = first_k + tl.arange(0, BLOCK_K)
+            # [BLOCK_M, BLOCK_K]
+            if left_desc is not None:
+                if OF_CLASSES:
+                    left = left_desc.load([first_k, first_m]).T
+                else:
+                    left = left_desc.load([first_m, first_k])
+            else:
+                inside = (m < m_size)[:, None] & (k < k_size)[None, :]
+                if OF_CLASSES:
+                    place = k.to(tl.int64)[None, :] * stride_left + m[:, None]
+                else:
+                    place = m.to(tl.int64)[:, None] * stride_left + k[None, :]
+                left = tl.load(left_ptr + place, mask=inside, other=0.0)
+            # [BLOCK_K, BLOCK_D]
+            if right_desc is not None:
+                right = right_desc.load([first_k, first_d])
+            else:
+                inside = (k < k_size)[:, None] & (d < hidden_size)[None, :]
+                place = k.to(tl.int64)[:, None] * stride_right
+                place += d.to(tl.int64)[None, :] * stride_right_d
+                right = tl.load(right_ptr + place, mask=inside, other=0.0)
+            total = dot_tile(left, right, total, PRECISION)
+
+        rows = m.to(tl.int64)
+        if out_rows_ptr is not None:
+            rows = tl.load(out_rows_ptr + m, mask=m < m_size, other=0)
+        for part in tl.static_range(4):
+            d = first_d + part * (BLOCK_D // 4) + tl.arange(0, BLOCK_D // 4)
+            value = column_part(total, part, 4, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D / 4]
+            if scale_ptr is not None:
+                value *= tl.load(scale_ptr)
+            out = out_ptr + rows[:, None] * hidden_size + d[None, :]
+            inside = (m < m_size)[:, None] & (d < hidden_size)[None, :]
+            if ACCUMULATE:
+                value += tl.load(out, mask=inside, other=0.0).to(tl.float32)
+            tl.store(out, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _launch(
+    dz: Tensor,
+    right: Tensor,
+    num_rows: Tensor,
+    live: LiveTiles | None,
+    out: Tensor,
+    tiles: Tiles,
+    *,
+    of_classes: bool,
+    scale: Tensor | None = None,
+    out_rows: Tensor | None = None,
+) -> None:
+    left_block = (tiles.block_d, tiles.block_n) if of_classes else (tiles.block_n, tiles.block_d)
+    tile_matmul_kernel[(num_programs(dz.device),)](
+        dz,
+        descriptor(dz, left_block, tiles),
+        right,
+        descriptor(right, (tiles.block_d, tiles.block_v), tiles),
+        None if live is None else live.count,
+        None if live is None else live.columns,
+        num_rows,
+        scale,
+        out_rows,
+        out,
+        dz.shape[1],
+        right.shape[1],
+        0 if live is None else live.columns.shape[1],
+        dz.stride(0),
+        *right.stride(),
+        OF_CLASSES=of_classes,
+        ACCUMULATE=not of_classes,
+        LIVE_TILE=TILE,
+        TILES=tiles.constants,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+
+
+def classifier_gradient(
+    out: Tensor,
+    dz: Tensor,
+    hidden: Tensor,
+    num_rows: Tensor,
+    live: LiveTiles | None,
+    tiles: Tiles,
+    *,
+    scale: Tensor,
+    out_rows: Tensor | None,
+) -> None:
+    """``out[out_rows] = scale * dz[:R]^T hidden[:R]``, complete.
+
+    Args:
+        out: [V, D], contiguous.
+        dz: [N, chunk], contiguous rows; zeros from R up to the end of R's tile of TILE.
+        hidden: [N, D], finite in the same rows.
+        num_rows: R, [1] int32.
+        live: of TILE classes, the TILEs of tokens; None for all.
+        tiles: BLOCK_N classes x BLOCK_V dimensions, in steps of BLOCK_D tokens; of TILE where
+            there is ``live``.
+        scale: [1] float32.
+        out_rows: [chunk] int64, or None for the first ``chunk`` rows in order.
+    """
+    _launch(dz, hidden, num_rows, live, out, tiles, of_classes=True, scale=scale, out_rows=out_rows)
+
+
+def add_hidden_gradient(
+    out: Tensor,
+    dz: Tensor,
+    classifier: Tensor,
+    num_rows: Tensor,
+    live: LiveTiles | None,
+    tiles: Tiles,
+) -> None:
+    """``out[:R] += dz[:R] classifier``, rounded to the dtype of ``out``.
+
+    Args:
+        out: [N, D], contiguous.
+        dz: [N, chunk], contiguous rows.
+        classifier: [chunk, D].
+        num_rows: R, [1] int32.
+        live: of TILE tokens, the TILEs of classes; None for all.
+        tiles: BLOCK_N tokens x BLOCK_V dimensions, in steps of BLOCK_D classes; of TILE where
+            there is ``live``.
+    """
+    _launch(dz, classifier, num_rows, live, out, tiles, of_classes=False)

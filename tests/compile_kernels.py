@@ -1,0 +1,129 @@
+"""Compile every kernel for a GPU that is not here, by calling its launcher on CPU tensors.
+
+    python tests/compile_kernels.py cuda:90 bfloat16
+
+prints one JSON line a kernel: registers, bytes spilled, shared memory. What is compiled is what a
+launch would be: its options, its specialisation on alignment, the tiles of the table.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from crosscut.kernels import tiles as tile_table
+from crosscut.kernels.tiles import Kernel
+
+
+class NoDriver:
+    """A driver that knows its target and launches nothing."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        del device
+        return 0
+
+
+def main(target: str, dtype_name: str) -> None:
+    kind, arch = target.split(":")
+    gpu = GPUTarget(kind, int(arch) if arch.isdigit() else arch, 64 if kind == "hip" else 32)
+    capability = divmod(int(arch), 10) if kind == "cuda" else (8, 0)
+    dtype = getattr(torch, dtype_name)
+    compiled: list[tuple[str, Any]] = []
+    run = triton.JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        del grid, warmup
+        kernel = run(self, *args, grid=(1,), warmup=True, **kwargs)
+        compiled.append((self.__name__, kernel))
+
+    def choose(kernel: Kernel, like: torch.Tensor) -> tile_table.Tiles:
+        return tile_table.table(kernel, like.dtype, capability)
+
+    driver.set_active(NoDriver(gpu))
+    with mock.patch.object(triton.JITFunction, "run", compile_only):
+        launch_everything(dtype, choose)
+    for name, kernel in compiled:
+        print(json.dumps({"kernel": name, **resources(kernel, gpu)}), flush=True)
+
+
+def launch_everything(dtype: torch.dtype, choose: Any) -> None:
+    from crosscut.kernels.indexed_matmul import indexed_matmul
+    from crosscut.kernels.kept_rows import KeptRows, kept_rows
+    from crosscut.kernels.linear_lse import linear_lse
+    from crosscut.kernels.move_rows import move_rows
+    from crosscut.kernels.softmax_gradient import HeadChunk, Tokens, softmax_gradient
+    from crosscut.kernels.tile_matmul import (
+        add_hidden_gradient,
+        classifier_gradient,
+        live_tiles,
+    )
+
+    n, d, v = 256, 128, 512
+    hidden, classifier = torch.zeros(n, d, dtype=dtype), torch.zeros(v, d, dtype=dtype)
+    bias, weight = torch.zeros(v, dtype=dtype), torch.zeros(v)
+    labels, index = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int32)
+    kept_rows(labels)
+    kept = KeptRows(index[:1], index, index)
+    move_rows(torch.empty_like(hidden), hidden, index, torch.ones(1))
+    tokens = Tokens(index[:1], hidden, labels, torch.zeros(n, 4))
+    dz, alive = torch.zeros(n, v, dtype=dtype), torch.zeros(2, 4, dtype=torch.int8)
+    live = live_tiles(alive)
+    lse, weighted_lse, gradient, keep, matmul, live_matmul = (
+        choose(kernel, hidden) for kernel in Kernel
+    )
+    for b, w, softcap in ((None, None, None), (bias, None, 30.0), (bias, weight, 30.0)):
+        head = {"logit_scale": 1.0, "softcap": softcap}
+        indexed_matmul(hidden, classifier, b, labels, **head)
+        linear_lse(hidden, classifier, b, w, kept, lse if w is None else weighted_lse, **head)
+        chunk = HeadChunk(0, classifier, b, w)
+        softmax_gradient(dz, tokens, chunk, gradient, **head)
+        softmax_gradient(dz, tokens, chunk, keep, alive=alive, **head)
+    for some, tiles in ((None, matmul), (live, live_matmul)):
+        classifier_gradient(
+            torch.empty_like(classifier), dz, hidden, index[:1], some, tiles,
+            scale=torch.ones(1), out_rows=None if some is None else labels,
+        )  # fmt: skip
+        add_hidden_gradient(torch.zeros(n, d), dz, classifier, index[:1], some, tiles)
+
+
+def resources(kernel: Any, gpu: GPUTarget) -> dict[str, int]:
+    found = {"shared": kernel.metadata.shared}
+    if gpu.backend != "cuda":
+        return found
+    ptxas = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    arch = re.search(r"\.target (sm_\w+)", kernel.asm["ptx"])
+    assert arch is not None
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(kernel.asm["ptx"])
+        log = subprocess.run(
+            [ptxas, "-v", f"--gpu-name={arch[1]}", source, "-o", Path(folder, "out")],
+            check=True, capture_output=True, text=True,
+        ).stderr  # fmt: skip
+    found["registers"] = int(re.search(r"Used (\d+) registers", log)[1])  # pyright: ignore
+    found["spilled"] = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
+    return found
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,182 @@
+"""What only a GPU can show of the Triton backend. The conformance suite runs there too."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import reference
+import torch
+from judging import Head, error, make_head, outcome, rounding
+
+import crosscut
+from crosscut.options import POLICIES, set_workspace_limit, workspace_limit
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+SERVED = [policy for policy in POLICIES if policy != "filtered"]
+
+
+def cuda_head(
+    shape: tuple[int, int, int], dtype: torch.dtype = torch.bfloat16, ignored: float = 0.0
+) -> Head:
+    return make_head(shape, dtype, device="cuda", ignored=ignored)
+
+
+def step(head: Head, **options) -> tuple[torch.Tensor, ...]:
+    found = outcome(crosscut.linear_cross_entropy, head, backend="triton", **options)
+    return found.loss, found.d_input, found.d_weight
+
+
+@pytest.mark.parametrize("policy", SERVED)
+def test_twenty_calls_give_the_same_bits(policy):
+    head = cuda_head((1111, 520, 9001), ignored=0.2)
+    first = step(head, policy=policy)
+    for _ in range(19):
+        for one, again in zip(first, step(head, policy=policy), strict=True):
+            assert torch.equal(one, again)
+
+
+@pytest.mark.parametrize("hidden_size", [16, 24, 40, 100, 640, 2304, 5120, 8192])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_hidden_sizes(hidden_size, dtype):
+    head = cuda_head((300, hidden_size, 1111), dtype)
+    true = outcome(reference.linear_cross_entropy, head.double())
+    theirs = outcome(reference.linear_cross_entropy, head)
+    for value, their, exact in zip(step(head), theirs[:3], true[:3], strict=True):
+        assert error(value, exact) <= 2 * error(their, exact) + rounding(dtype)
+
+
+def test_more_than_2_31_logits():
+    tokens, hidden_size, classes = 16_500, 64, 131_072
+    assert tokens * classes > 2**31
+    head = cuda_head((tokens, hidden_size, classes))
+    loss, d_input, d_weight = step(head, policy="exact")
+    total, some = 0.0, torch.arange(0, tokens, 1000)
+    weight = head.linear_weight.double()
+    exact = torch.zeros_like(weight)
+    for part in torch.arange(tokens).split(1000):
+        hidden = head.input[part].double()
+        z = hidden @ weight.t()
+        total += torch.nn.functional.cross_entropy(z, head.target[part], reduction="sum").item()
+        dz = z.softmax(1)
+        dz[torch.arange(len(part)), head.target[part]] -= 1
+        exact += dz.t() @ hidden / tokens
+        mine = some[(some >= part[0]) & (some <= part[-1])]
+        row = (dz[mine - part[0]] @ weight) / tokens
+        assert error(d_input[mine], row) < 2**-7
+    assert loss.item() == pytest.approx(total / tokens, rel=1e-5)
+    assert error(d_weight, exact) < 2**-7
+
+
+def test_peak_memory():
+    head = cuda_head((8192, 1024, 64_000))
+    gradients = head.input.nbytes + head.linear_weight.nbytes
+
+    def peak(run) -> int:
+        run()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    @torch.no_grad()
+    def forward() -> None:
+        crosscut.linear_cross_entropy(head.input, head.linear_weight, head.target, backend="triton")
+
+    assert peak(forward) <= 2**20
+    copies = 3 * head.input.nbytes  # of the hidden states, and their gradient in float32
+    assert peak(lambda: step(head)) <= gradients + workspace_limit() + copies + 2**22
+    before = workspace_limit()
+    set_workspace_limit(2**24)
+    try:
+        assert peak(lambda: step(head)) <= gradients + 2**24 + copies + 2**22
+    finally:
+        set_workspace_limit(before)
+
+
+def test_compiles_in_one_graph():
+    head = cuda_head((512, 256, 5000))
+    loss = torch.compile(crosscut.linear_cross_entropy, fullgraph=True)
+    compiled = outcome(loss, head)
+    for one, other in zip(compiled[:3], step(head), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("policy", SERVED)
+def test_cuda_graph(policy):
+    """Captured on some inputs and replayed on others, with other rows ignored."""
+    head = cuda_head((700, 128, 3000), ignored=0.1)
+    other = replace(make_head((700, 128, 3000), torch.bfloat16, device="cuda", ignored=0.6, seed=1))
+    hidden, weight = (x.clone().requires_grad_() for x in (head.input, head.linear_weight))
+    target = head.target.clone()
+
+    def run() -> torch.Tensor:
+        hidden.grad = weight.grad = None
+        loss = crosscut.linear_cross_entropy(hidden, weight, target, policy=policy)
+        loss.backward()
+        return loss.detach()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = run()
+    with torch.no_grad():
+        hidden.copy_(other.input)
+        weight.copy_(other.linear_weight)
+        target.copy_(other.target)
+    graph.replay()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    for found, eager in zip(
+        (loss, hidden.grad, weight.grad), step(other, policy=policy), strict=True
+    ):
+        assert torch.equal(found, eager)
+
+
+def test_two_streams():
+    heads = [
+        cuda_head((900, 256, 8000)),
+        make_head((900, 256, 8000), torch.bfloat16, device="cuda", seed=3),
+    ]
+    expected = [step(head) for head in heads]
+    streams = [torch.cuda.Stream() for _ in heads]
+    torch.cuda.synchronize()
+    for _ in range(5):
+        found = []
+        for head, stream in zip(heads, streams, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(step(head))
+        torch.cuda.synchronize()
+        for ours, theirs in zip(found, expected, strict=True):
+            assert all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_device_than_the_current():
+    head = cuda_head((300, 64, 2000))
+    away = Head(*(x.to("cuda:1") for x in (head.input, head.linear_weight, head.target)))
+    for here, there in zip(step(head), step(away), strict=True):
+        assert there.device == torch.device("cuda:1")
+        assert torch.equal(here.cpu(), there.cpu())
+
+
+def test_half_of_the_labels_ignored_is_half_of_the_batch():
+    head = cuda_head((2000, 256, 9000))
+    target = head.target.clone()
+    target[::2] = -100
+    sparse = replace(head, target=target)
+    half = replace(head, input=head.input[1::2], target=head.target[1::2])
+    ours, alone = step(sparse), step(half)
+    assert (ours[1][::2] == 0).all()
+    assert torch.equal(ours[1][1::2], alone[1])
+    assert torch.equal(ours[2], alone[2])
