@@ -8,6 +8,7 @@ Under ``"auto"`` the gradient is the exact one.
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 
@@ -109,6 +110,4 @@ def _on(problem: HeadProblem) -> AbstractContextManager[object]:
 
 def _interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels, on the CPU (TRITON_INTERPRET=1)."""
-    from triton import knobs
-
-    return knobs.runtime.interpret
+    return os.environ.get("TRITON_INTERPRET") == "1"
