@@ -97,7 +97,7 @@ def launch_everything(dtype: torch.dtype, choose: Any) -> None:
         linear_lse(hidden, classifier, b, w, kept, lse if w is None else weighted_lse, **head)
         chunk = HeadChunk(0, classifier, b, w)
         softmax_gradient(dz, tokens, chunk, gradient, **head)
-        softmax_gradient(dz, tokens, chunk, keep, alive=alive, **head)
+        softmax_gradient(dz, tokens, chunk, keep, alive=alive if w is None else None, **head)
     for some, tiles in ((None, matmul), (live, live_matmul)):
         classifier_gradient(
             torch.empty_like(classifier), dz, hidden, index[:1], some, tiles,

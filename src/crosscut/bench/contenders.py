@@ -137,9 +137,10 @@ def _crosscut(policy: GradientPolicy) -> Contender:
         return loss
 
     def in_reserve(device: str, dtype: str) -> str | None:
-        del device
         if policy.startswith("cce"):
             return "the paper's tile filter, for comparison"
+        if device == "cuda":
+            return "runs in plain PyTorch on a GPU" if policy == "filtered" else None
         if policy == ("exact" if dtype == "fp32" else "filtered"):
             return f"what crosscut-auto is in {dtype}"
         return None

@@ -6,7 +6,8 @@ wrong answer has no speed. NaN passes nowhere.
 
 **Clock.** Median of the repeats of a forward without gradients, and of a forward and backward with
 both. The contenders take turns, so that a slow minute of the machine hits all of them, and have
-run before. On CUDA, events, with the L2 cache flushed before each run.
+run before. On CUDA, events, after a while of the same work, which sets the
+GPU's clock, and with the L2 cache flushed.
 
 **Memory.** The peak of PyTorch's own allocator over the forward and backward of the gate, less the
 two gradients that must be there in the end. On the CPU that is what its profiler says of every
@@ -40,6 +41,9 @@ FP32_SLACK = 4.0
 """In float32 all errors are sums of roundings, and chance decides between 5e-7 and 1e-6."""
 
 _L2_FLUSH_BYTES = 256 * 2**20
+
+_WARM_UP_SECONDS = 0.1
+"""How long a GPU runs the same work before it is timed: its clock depends on what ran before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +138,10 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
         start = time.perf_counter()
         work()
         return time.perf_counter() - start
+    start = time.perf_counter()
+    while time.perf_counter() - start < _WARM_UP_SECONDS:
+        work()
+        torch.cuda.synchronize(device)
     torch.empty(_L2_FLUSH_BYTES, dtype=torch.uint8, device=device).zero_()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()

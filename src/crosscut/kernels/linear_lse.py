@@ -20,11 +20,11 @@ being such that all finish together. With P = 14, G = 4:
 All programs of a slice walk it in step, so a tile of C comes from memory once for the group, and
 everything else from L2.
 
-**Result.** A program stores one log-sum-exp a (token, slice), with a plain store. A second kernel
+**Result.** A program stores one (max, sum) a (token, slice), with plain stores. A second kernel
 combines a token's slices in order. No atomics: reruns are bitwise equal.
 
-**Cost.** 2NVD flop. C is read once a group of tokens, H once. Workspace: 4 bytes a (token, slice),
-and there are few slices when there are many tokens: at most 512 bytes for each program and group.
+**Cost.** 2NVD flop. C is read once a group of tokens, H once. Workspace: 8 bytes a (token, slice),
+and there are few slices when there are many tokens: at most 1 KiB for each program and group.
 
 **Numerics.** Sums, maxima and exponentials in float32. A column of -inf adds nothing;
 a NaN reaches the result.
@@ -98,7 +98,7 @@ def sweep_slice(
     GATHER: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """``log sum exp z`` and ``sum logit_weight z`` [BLOCK_N] over some tiles of classes."""
+    """``max z``, ``sum exp(z - max)`` and ``sum logit_weight z`` [BLOCK_N] over some tiles."""
     BLOCK_N: tl.constexpr = TILE[0]
     BLOCK_V: tl.constexpr = TILE[1]
     highest = tl.full((BLOCK_N,), -float("inf"), tl.float32)
@@ -135,7 +135,7 @@ def sweep_slice(
             total *= tl.exp2((highest - reference) * LOG2_E)
             total += tl.sum(tl.exp2((z - reference[:, None]) * LOG2_E), 1)
             highest = higher
-    return highest + tl.log(total), logit_sum
+    return highest, total, logit_sum
 
 
 @triton.jit
@@ -148,7 +148,8 @@ def linear_lse_kernel(
     logit_weight_ptr,
     num_rows_ptr,
     rows_ptr,
-    slice_lse_ptr,
+    slice_highest_ptr,
+    slice_total_ptr,
     slice_sum_ptr,
     num_classes,
     hidden_size,
@@ -180,32 +181,35 @@ def linear_lse_kernel(
         for tile in range(start + first, end):
             rows, valid, first_row, no_gap = load_rows(rows_ptr, tile, num_rows, BLOCK_N)
             if hidden_desc is not None and no_gap:
-                lse, logit_sum = sweep_slice(
+                highest, total, logit_sum = sweep_slice(
                     hidden_ptr, hidden_desc, classifier_ptr, classifier_desc, bias_ptr,
                     logit_weight_ptr, rows, first_row, first_tile, last_tile, num_classes,
                     hidden_size, stride_v, stride_d, logit_scale, softcap,
                     False, TILE,
                 )  # fmt: skip
             else:
-                lse, logit_sum = sweep_slice(
+                highest, total, logit_sum = sweep_slice(
                     hidden_ptr, hidden_desc, classifier_ptr, classifier_desc, bias_ptr,
                     logit_weight_ptr, rows, first_row, first_tile, last_tile, num_classes,
                     hidden_size, stride_v, stride_d, logit_scale, softcap,
                     True, TILE,
                 )  # fmt: skip
             place = (tile * BLOCK_N + tl.arange(0, BLOCK_N)) * (wide + has_last) + my_slice
-            tl.store(slice_lse_ptr + place, lse, mask=valid)
+            tl.store(slice_highest_ptr + place, highest, mask=valid)
+            tl.store(slice_total_ptr + place, total, mask=valid)
             if slice_sum_ptr is not None:
                 tl.store(slice_sum_ptr + place, logit_sum, mask=valid)
 
 
 @triton.jit
 def combine_slices_kernel(
-    slice_lse_ptr,
+    slice_highest_ptr,
+    slice_total_ptr,
     slice_sum_ptr,
     num_rows_ptr,
     rows_ptr,
-    lse_ptr,
+    highest_ptr,
+    total_ptr,
     logit_sum_ptr,
     num_classes,
     programs,
@@ -226,14 +230,17 @@ def combine_slices_kernel(
         total = tl.zeros((BLOCK_N,), tl.float32)
         logit_sum = tl.zeros((BLOCK_N,), tl.float32)
         for index in range(slices):
-            lse = tl.load(slice_lse_ptr + place + index, mask=valid, other=0.0)
-            higher = tl.maximum(highest, lse, propagate_nan=tl.PropagateNan.ALL)
+            slice_highest = tl.load(slice_highest_ptr + place + index, mask=valid, other=0.0)
+            slice_total = tl.load(slice_total_ptr + place + index, mask=valid, other=0.0)
+            higher = tl.maximum(highest, slice_highest)
             reference = tl.where(higher == -float("inf"), 0.0, higher)
-            total = total * tl.exp(highest - reference) + tl.exp(lse - reference)
+            total *= tl.exp(highest - reference)
+            total += slice_total * tl.exp(slice_highest - reference)
             highest = higher
             if slice_sum_ptr is not None:
                 logit_sum += tl.load(slice_sum_ptr + place + index, mask=valid, other=0.0)
-        tl.store(lse_ptr + rows, highest + tl.log(total), mask=valid)
+        tl.store(highest_ptr + rows, highest, mask=valid)
+        tl.store(total_ptr + rows, total, mask=valid)
         if logit_sum_ptr is not None:
             tl.store(logit_sum_ptr + rows, logit_sum, mask=valid)
 
@@ -267,11 +274,11 @@ def linear_lse(
     most_groups = min(triton.cdiv(token_tiles, most_tiles) + MORE_GROUPS.value, token_tiles)
     slots = tiles.block_n * (most_groups * programs + token_tiles)  # for any number of rows
 
-    def zeros(size: int) -> Tensor:
-        return torch.zeros(size, dtype=torch.float32, device=hidden.device)
+    def new(size: int, value: float = 0.0) -> Tensor:
+        return torch.full((size,), value, dtype=torch.float32, device=hidden.device)
 
-    slice_lse = torch.empty(slots, dtype=torch.float32, device=hidden.device)
-    slice_sum = None if logit_weight is None else torch.empty_like(slice_lse)
+    slice_highest, slice_total = new(slots), new(slots)
+    slice_sum = None if logit_weight is None else new(slots)
     linear_lse_kernel[(programs,)](
         hidden,
         descriptor(hidden, (tiles.block_n, tiles.block_d), tiles),
@@ -281,7 +288,8 @@ def linear_lse(
         logit_weight,
         kept.count,
         kept.rows,
-        slice_lse,
+        slice_highest,
+        slice_total,
         slice_sum,
         num_classes,
         hidden.shape[1],
@@ -293,10 +301,12 @@ def linear_lse(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
-    lse = zeros(num_tokens)
-    logit_sum = None if logit_weight is None else zeros(num_tokens)
+    highest, total = new(num_tokens), new(num_tokens, 1.0)
+    logit_sum = None if logit_weight is None else new(num_tokens)
     combine_slices_kernel[(token_tiles,)](
-        slice_lse, slice_sum, kept.count, kept.rows, lse, logit_sum, num_classes, programs,
-        most_tiles, BLOCK_N=tiles.block_n, BLOCK_V=tiles.block_v, num_warps=4,
+        slice_highest, slice_total, slice_sum, kept.count, kept.rows, highest, total, logit_sum,
+        num_classes, programs, most_tiles,
+        BLOCK_N=tiles.block_n, BLOCK_V=tiles.block_v, num_warps=4,
     )  # fmt: skip
-    return lse, logit_sum
+    # PyTorch's logarithm: the GPU's own is off by 1e-6, which every gradient would be.
+    return highest + total.log(), logit_sum

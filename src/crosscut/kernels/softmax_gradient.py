@@ -85,9 +85,9 @@ def gradient_tile(
         bias = tl.load(bias_ptr + classes, mask=classes < num_classes, other=0.0)
         bias = bias.to(tl.float32)[None, :]
     z = logits_of(z, bias, logit_scale, softcap)
-    lse2 = tl.load(vectors) * LOG2_E
-    p = tl.exp2(z * LOG2_E - lse2)
+    p = tl.exp2((z - tl.load(vectors)) * LOG2_E)  # the difference first: it rounds less
     is_target = classes[None, :] == target[:, None]
+    difference = tl.abs(tl.where(is_target, p - 1, p))
     dz = tl.load(vectors + 1) * p + tl.where(is_target, tl.load(vectors + 2), 0.0)
     if logit_weight_ptr is not None:
         weight = tl.load(logit_weight_ptr + classes, mask=classes < num_classes, other=0.0)
@@ -95,7 +95,7 @@ def gradient_tile(
     if softcap is not None:
         capped = z / softcap
         dz *= 1 - capped * capped
-    return dz, tl.abs(tl.where(is_target, p - 1, p))
+    return dz, difference
 
 
 @triton.jit
@@ -159,8 +159,9 @@ def softmax_gradient_kernel(
             )  # fmt: skip
             inside = (tokens < num_rows)[:, None] & (classes < num_classes)[None, :]
             if alive_ptr is not None:
-                reaches = inside & ~(difference < EPSILON)  # a NaN is alive
-                alive = tl.maximum(alive, tl.max(reaches.to(tl.int32)))
+                difference = tl.where(inside, difference, 0.0)
+                reaches = tl.where(difference < EPSILON, 0, 1)  # a NaN is alive
+                alive = tl.maximum(alive, tl.max(reaches))
                 if part + 1 == IN_TILE or part + 1 == PARTS:
                     column, columns = first // FILTER_V, tl.cdiv(num_classes, FILTER_V)
                     place = alive_ptr + tile * columns + column
