@@ -110,7 +110,8 @@ def resources(kernel: Any, gpu: GPUTarget) -> dict[str, int]:
     found = {"shared": kernel.metadata.shared}
     if gpu.backend != "cuda":
         return found
-    ptxas = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    name = "ptxas" if int(gpu.arch) < 100 else "ptxas-blackwell"
+    ptxas = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / name
     arch = re.search(r"\.target (sm_\w+)", kernel.asm["ptx"])
     assert arch is not None
     with tempfile.TemporaryDirectory() as folder:

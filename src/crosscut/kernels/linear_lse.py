@@ -50,7 +50,7 @@ from crosscut.kernels.tiles import (
     tiles_in_group,
 )
 
-MORE_GROUPS = tl.constexpr(4)  # group counts tried, from the fewest that fit in L2
+MORE_GROUPS = tl.constexpr(3)  # group counts tried, from the fewest that fit in L2
 
 
 @triton.jit

@@ -181,6 +181,11 @@ def dot_tile(left, right, total, PRECISION: tl.constexpr):
     """``total + left right``; ``"upcast"`` for the interpreter, which has no bfloat16."""
     if PRECISION == "upcast":
         return total + tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
+    elif PRECISION == "ieee" and left.dtype == tl.float32:
+        # A step is summed apart: thousands of products one after the other round too often. The
+        # last argument means nothing for float32, but keeps the two sums from being made one.
+        step = tl.dot(left, right, input_precision="ieee", max_num_imprecise_acc=1)
+        return total + step
     else:
         return tl.dot(left, right, total, input_precision=PRECISION)
 

@@ -38,8 +38,8 @@ class TritonBackend:
             if problem.options.backend == self.name and _interpreted():
                 return None
             return f"needs a CUDA device, got {device.type}"
-        if torch.version.hip is not None:
-            return "needs an NVIDIA GPU"
+        if torch.version.hip is not None or not torch.cuda.is_available():
+            return "needs an NVIDIA GPU, and there is none"
         capability = torch.cuda.get_device_capability(device)
         if capability < _OLDEST:
             oldest, found = (".".join(map(str, pair)) for pair in (_OLDEST, capability))
