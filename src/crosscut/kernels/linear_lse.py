@@ -308,5 +308,5 @@ def linear_lse(
         num_classes, programs, most_tiles,
         BLOCK_N=tiles.block_n, BLOCK_V=tiles.block_v, num_warps=4,
     )  # fmt: skip
-    # PyTorch's logarithm: the GPU's own is off by 1e-6, which every gradient would be.
+    # PyTorch's logarithm is more accurate than a kernel's, and every gradient has its error.
     return highest + total.log(), logit_sum
