@@ -65,7 +65,7 @@ class _Sweep:
         self, problem: HeadProblem, statistics: Statistics, cotangents: Cotangents, needs: Needs
     ) -> None:
         hidden, policy = problem.hidden, problem.options.policy
-        self.problem, self.needs, self.policy = problem, needs, policy
+        self.problem, self.policy = problem, policy
         self.filtered = policy.startswith("cce")
         # The gradient of a logit sum is spread over every logit: then no tile is dead.
         self.drops = self.filtered and problem.logit_weight is None
@@ -86,9 +86,13 @@ class _Sweep:
         # [N, D], side by side
         narrow = policy == "cce" and hidden.dtype == torch.bfloat16
         total = torch.bfloat16 if narrow else torch.float32
-        self.d_hidden = torch.zeros_like(self.tokens.hidden, dtype=total)
-        self.d_classifier = hidden.new_empty(problem.classifier.shape)
-        self.d_bias = None if problem.bias is None else torch.empty_like(problem.bias)
+        self.d_hidden = self.d_classifier = self.d_bias = None
+        if needs.hidden:
+            self.d_hidden = torch.zeros_like(self.tokens.hidden, dtype=total)
+        if needs.classifier:
+            self.d_classifier = hidden.new_empty(problem.classifier.shape)
+        if needs.bias and problem.bias is not None:
+            self.d_bias = torch.empty_like(problem.bias)
         self.width = _chunk_width(problem, self.gradient, self.matmul)
         token_tiles = math.ceil(len(hidden) / TILE)
         self.workspace = hidden.new_zeros(token_tiles * TILE, self.width)
@@ -108,11 +112,11 @@ class _Sweep:
             logit_scale=problem.options.logit_scale, softcap=problem.options.softcap,
         )  # fmt: skip
 
-        if self.needs.hidden:
+        if self.d_hidden is not None:
             live = None if alive is None or policy.endswith("full_e") else live_tiles(alive)
             tiles = self.matmul if live is None else self.live_matmul
             add_hidden_gradient(self.d_hidden, dz, chunk.classifier, self.kept.count, live, tiles)
-        if self.needs.classifier:
+        if self.d_classifier is not None:
             live = None if alive is None or policy.endswith("full_c") else live_tiles(alive.t())
             out = self.d_classifier[classes] if out_rows is None else self.d_classifier
             tiles = self.matmul if live is None else self.live_matmul
@@ -120,7 +124,7 @@ class _Sweep:
                 out, dz, self.tokens.hidden, self.kept.count, live, tiles,
                 scale=self.scale, out_rows=out_rows,
             )  # fmt: skip
-        if self.needs.bias and self.d_bias is not None:
+        if self.d_bias is not None:
             sums = workspace.unflatten(0, (-1, TILE)).sum(1, dtype=torch.float32)
             if alive is not None and "full" not in policy:
                 sums *= alive.repeat_interleave(TILE, 1)[:, : sums.shape[1]]
@@ -130,14 +134,10 @@ class _Sweep:
     def gradients(self) -> Gradients:
         """What the visits came to."""
         d_hidden = None
-        if self.needs.hidden:
+        if self.d_hidden is not None:
             d_hidden = self.problem.hidden.new_empty(self.problem.hidden.shape)
             move_rows(d_hidden, self.d_hidden, self.kept.place, self.scale)
-        return Gradients(
-            d_hidden,
-            self.d_classifier if self.needs.classifier else None,
-            self.d_bias if self.needs.bias else None,
-        )
+        return Gradients(d_hidden, self.d_classifier, self.d_bias)
 
     def _chunk(self, classes: slice) -> tuple[HeadChunk, Tensor | None]:
         """Some classes in order, and which they are unless they are ``classes``."""
@@ -147,7 +147,7 @@ class _Sweep:
         else:
             rows = self.order[classes]
             classifier = move_rows(
-                self.d_classifier.new_empty(len(rows), problem.classifier.shape[1]),
+                problem.classifier.new_empty(len(rows), problem.classifier.shape[1]),
                 problem.classifier,
                 rows,
             )
