@@ -464,6 +464,31 @@ def test_a_dtype_no_backend_serves():
     assert explanation.verdicts == {"triton": triton, "blocks": blocks}
 
 
+def test_workspace_limit():
+    before = crosscut.workspace_limit()
+    with refuses(ValueError, "num_bytes must be at least 1, got 0"):
+        crosscut.set_workspace_limit(0)
+    with refuses(TypeError, "num_bytes must be an int, got float"):
+        crosscut.set_workspace_limit(1e9)  # pyright: ignore[reportArgumentType]
+    assert crosscut.workspace_limit() == before
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize(
+    ("dtype", "policy", "reason"),
+    [
+        (torch.float64, "auto", "needs bfloat16, float16 or float32, got torch.float64"),
+        (torch.float32, "filtered", "serves no policy 'filtered'"),
+    ],
+    ids=["dtype", "policy"],
+)
+def test_what_triton_does_not_serve(dtype, policy, reason):
+    call = arguments(input=zeros(3, 4).to(dtype), linear_weight=zeros(5, 4).to(dtype))
+    with refuses(ValueError, f"backend='triton' cannot serve this call: triton: {reason}"):
+        crosscut.linear_cross_entropy(**call, backend="triton", policy=policy)
+    assert crosscut.explain(**call, policy=policy).backend == "blocks"
+
+
 def test_positional_arguments_end_after_target():
     with pytest.raises(TypeError, match="takes 3 positional arguments but 4 were given"):
         crosscut.linear_cross_entropy(*arguments().values(), zeros(5))  # type: ignore[misc]

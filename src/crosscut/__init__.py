@@ -15,7 +15,7 @@ from crosscut.functional import (
     token_statistics,
 )
 from crosscut.module import LinearCrossEntropy
-from crosscut.options import GradientPolicy
+from crosscut.options import GradientPolicy, set_workspace_limit, workspace_limit
 from crosscut.statistics import TokenStatistics
 
 __all__ = [
@@ -27,7 +27,9 @@ __all__ = [
     "explain",
     "gradient_sparsity",
     "linear_cross_entropy",
+    "set_workspace_limit",
     "token_statistics",
+    "workspace_limit",
 ]
 
 __version__ = "0.1.0"

@@ -109,15 +109,25 @@ _workspace_limit = 2**28
 
 
 def workspace_limit() -> int:
-    """Bytes that a backward may use for the gradient of a chunk of logits; 256 MiB unless set."""
+    """Bytes that a backward on a GPU may use for the gradient of a chunk of logits.
+
+    256 MiB unless :func:`set_workspace_limit` was called.
+    """
     return _workspace_limit
 
 
 def set_workspace_limit(num_bytes: int) -> None:
     """Set what :func:`workspace_limit` returns, for this process.
 
-    A larger workspace makes fewer and fuller launches on a GPU. At least 128 classes are always
-    worked on at a time, whatever the limit. The backend ``blocks`` has a fixed workspace.
+    A larger workspace makes fewer and fuller launches. At least 128 classes are worked on at a
+    time, whatever the limit. The backend ``blocks`` has a fixed workspace.
+
+    Args:
+        num_bytes: at least 1.
+
+    Raises:
+        TypeError: num_bytes is not an int.
+        ValueError: num_bytes is below 1.
     """
     check_integer("num_bytes", num_bytes)
     if num_bytes < 1:
