@@ -17,6 +17,23 @@ from torch import Tensor
 
 from crosscut import backends
 
+
+def _round_to_bfloat16() -> None:
+    """Make Triton's interpreter round to bfloat16 as a GPU does; by itself it truncates."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    truncate = interpreter._convert_float
+
+    def convert(data: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
+        if source == tl.float32 and target == tl.bfloat16:
+            # Truncation leaves these values as they are.
+            data = torch.from_numpy(data).bfloat16().float().numpy()
+        return truncate(data, source, target, rounding_mode)
+
+    interpreter._convert_float = convert
+
+
 INTERPRETED = find_spec("triton") is not None and not torch.cuda.is_available()
 """Whether Triton's kernels run in its interpreter: slowly, and without a GPU."""
 
@@ -25,6 +42,7 @@ INTERPRETER_LOGITS = 10_000
 
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
+    _round_to_bfloat16()
 
 hypothesis.settings.register_profile(
     "crosscut", derandomize=True, deadline=None, max_examples=25, database=None

@@ -6,8 +6,8 @@ wrong answer has no speed. NaN passes nowhere.
 
 **Clock.** Median of the repeats of a forward without gradients, and of a forward and backward with
 both. The contenders take turns, so that a slow minute of the machine hits all of them, and have
-run before. On CUDA, events, after a while of the same work, which sets the
-GPU's clock, and with the L2 cache flushed.
+run before. On CUDA, events, after a while of the same work, which sets the GPU's clock, and with
+the L2 cache flushed.
 
 **Memory.** The peak of PyTorch's own allocator over the forward and backward of the gate, less the
 two gradients that must be there in the end. On the CPU that is what its profiler says of every
