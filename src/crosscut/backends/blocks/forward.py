@@ -201,9 +201,10 @@ class _Sweep:
         """Algorithm 1: each hidden state times the classifier row of its label."""
         for _, part, hidden in self._tokens():
             labels = self.labels[part]
-            products = (hidden.to(target_logit) * self.problem.classifier[labels]).sum(1)
+            # A loss may be far smaller than the two numbers it is the difference of.
+            products = (hidden.to(self.logits.wide) * self.problem.classifier[labels]).sum(1)
             bias = None if self.problem.bias is None else self.problem.bias[labels]
-            target_logit[part] = self.logits.activate(products, bias)
+            target_logit[part] = self.logits.activate(products, bias).to(target_logit)
         return target_logit
 
     def _exponentials(
