@@ -77,6 +77,7 @@ def launch_everything(dtype: torch.dtype, choose: Any) -> None:
         classifier_gradient,
         live_tiles,
     )
+    from crosscut.kernels.tiles import Head
 
     n, d, v = 256, 128, 512
     hidden, classifier = torch.zeros(n, d, dtype=dtype), torch.zeros(v, d, dtype=dtype)
@@ -85,25 +86,64 @@ def launch_everything(dtype: torch.dtype, choose: Any) -> None:
     kept_rows(labels)
     kept = KeptRows(index[:1], index, index)
     move_rows(torch.empty_like(hidden), hidden, index, torch.ones(1))
+    move_rows(torch.empty_like(hidden), torch.zeros(n, d), index, torch.ones(1), index[:1])
     tokens = Tokens(index[:1], hidden, labels, torch.zeros(n, 4))
     dz, alive = torch.zeros(n, v, dtype=dtype), torch.zeros(2, 4, dtype=torch.int8)
     live = live_tiles(alive)
-    lse, weighted_lse, gradient, keep, matmul, live_matmul = (
-        choose(kernel, hidden) for kernel in Kernel
-    )
     for b, w, softcap in ((None, None, None), (bias, None, 30.0), (bias, weight, 30.0)):
-        head = {"logit_scale": 1.0, "softcap": softcap}
-        indexed_matmul(hidden, classifier, b, labels, **head)
-        linear_lse(hidden, classifier, b, w, kept, lse if w is None else weighted_lse, **head)
-        chunk = HeadChunk(0, classifier, b, w)
-        softmax_gradient(dz, tokens, chunk, gradient, **head)
-        softmax_gradient(dz, tokens, chunk, keep, alive=alive if w is None else None, **head)
-    for some, tiles in ((None, matmul), (live, live_matmul)):
+        head = Head(hidden, classifier, b, 1.0, softcap)
+        indexed_matmul(head, labels)
+        tiles = choose(Kernel.LSE if w is None else Kernel.WEIGHTED_LSE, hidden)
+        linear_lse(head, kept, tiles, logit_weight=w)
+        chunk, options = HeadChunk(0, classifier, b, w), {"logit_scale": 1.0, "softcap": softcap}
+        softmax_gradient(dz, tokens, chunk, choose(Kernel.GRADIENT, hidden), **options)
+        tiles = choose(Kernel.FILTER, hidden)
+        softmax_gradient(dz, tokens, chunk, tiles, alive=alive if w is None else None, **options)
+    for some, kernel in ((None, Kernel.MATMUL), (live, Kernel.LIVE_MATMUL)):
+        tiles = choose(kernel, hidden)
         classifier_gradient(
             torch.empty_like(classifier), dz, hidden, index[:1], some, tiles,
             scale=torch.ones(1), out_rows=None if some is None else labels,
         )  # fmt: skip
         add_hidden_gradient(torch.zeros(n, d), dz, classifier, index[:1], some, tiles)
+    if dtype != torch.float32:
+        for softcap in (None, 30.0):
+            launch_filtered(Head(hidden, classifier, None, 1.0, softcap), tokens, kept, choose)
+
+
+def launch_filtered(head: Any, tokens: Any, kept: Any, choose: Any) -> None:
+    from crosscut.kernels.entry_matmul import classifier_rows, list_entries
+    from crosscut.kernels.kept_pairs import keep_labels, kept_pairs
+    from crosscut.kernels.linear_lse import linear_lse
+    from crosscut.kernels.pair_gradient import pair_gradient, tail_of_tokens
+    from crosscut.kernels.pair_matmul import hidden_rows, popular_rows
+
+    hidden, classifier = head.hidden, head.classifier
+    tiles = choose(Kernel.PAIRS, hidden)
+    blocks, scale = len(hidden) // tiles.block_n, torch.ones(1)
+    mass = torch.zeros(blocks, len(classifier), dtype=torch.bfloat16)
+    linear_lse(
+        head, kept, choose(Kernel.LSE, hidden), reference=torch.zeros(len(hidden)),
+        column_mass=mass, drop_below=2.0**-12,
+    )  # fmt: skip
+    keep_labels(mass, tokens.labels, kept, tiles.block_n)
+    count = torch.tensor(blocks, dtype=torch.int32)
+    pairs = kept_pairs(mass, count, num_slots=4 * tiles.block_v, block_slots=tiles.block_v)
+    gradient = pair_gradient(head, tokens, pairs, mass, tiles, drop_below=2.0**-12)
+    slopes = None if head.softcap is None else torch.zeros(len(hidden))
+    by_token, _ = tail_of_tokens(tokens, slopes, pairs, gradient, tiles)
+    rows = torch.zeros(blocks, hidden.shape[1])
+    hidden_rows(
+        torch.empty_like(hidden), tokens, kept.rows, gradient.dz, classifier, pairs,
+        (by_token, rows), scale, choose(Kernel.PAIR_MATMUL, hidden),
+    )  # fmt: skip
+    tail, out = (mass, rows.to(mass)), torch.empty_like(classifier)
+    gradient.num_entries.zero_()
+    entries = list_entries(tokens, pairs, gradient, most=1024)
+    tiles = choose(Kernel.ENTRY_MATMUL, hidden)
+    classifier_rows(out, tokens, entries, pairs, tail, scale, tiles)
+    tiles = choose(Kernel.POPULAR_MATMUL, hidden)
+    popular_rows(out, tokens, gradient.dz, pairs, tail, scale, tiles)
 
 
 def resources(kernel: Any, gpu: GPUTarget) -> dict[str, int]:

@@ -478,7 +478,7 @@ def test_workspace_limit():
     ("dtype", "policy", "reason"),
     [
         (torch.float64, "auto", "needs bfloat16, float16 or float32, got torch.float64"),
-        (torch.float32, "filtered", "serves no policy 'filtered'"),
+        (torch.float32, "filtered", "serves policy 'filtered' in bfloat16 and float16 only"),
     ],
     ids=["dtype", "policy"],
 )

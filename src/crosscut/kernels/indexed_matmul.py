@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crosscut.kernels.tiles import logits_of
+from crosscut.kernels.tiles import Head, logits_of
 
 BLOCK_N = 16
 BLOCK_D = 128
@@ -61,28 +61,21 @@ def indexed_matmul_kernel(
     tl.store(target_logit_ptr + tokens, tl.where(known, z, 0.0), mask=tokens < num_tokens)
 
 
-def indexed_matmul(
-    hidden: Tensor,
-    classifier: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    *,
-    logit_scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """``target_logit`` [N] float32, 0 where the label is no class. ``hidden`` is contiguous."""
+def indexed_matmul(head: Head, labels: Tensor) -> Tensor:
+    """``target_logit`` [N] float32, 0 where the label is no class."""
+    hidden, classifier = head.hidden, head.classifier
     target_logit = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     grid = (triton.cdiv(len(hidden), BLOCK_N),)
     indexed_matmul_kernel[grid](
         hidden,
         classifier,
-        bias,
+        head.bias,
         labels,
         target_logit,
         *(len(hidden), len(classifier), hidden.shape[1]),
         *classifier.stride(),
-        logit_scale,
-        softcap,
+        head.logit_scale,
+        head.softcap,
         BLOCK_N=BLOCK_N,
         BLOCK_D=BLOCK_D,
         num_warps=4,

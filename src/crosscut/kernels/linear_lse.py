@@ -26,11 +26,20 @@ combines a token's slices in order. No atomics: reruns are bitwise equal.
 **Cost.** 2NVD flop. C is read once a group of tokens, H once. Workspace: 8 bytes a (token, slice),
 and there are few slices when there are many tokens: at most 1 KiB for each program and group.
 
+**Column masses.** The same exponentials, summed over a tile's tokens instead of its classes, are the
+mass of a column of the softmax in that tile of tokens. The log-sum-exp is not known yet; the mass is
+taken relative to the larger of its running value and a lower bound given before (``reference``),
+and is rather too large. Where asked for the masses are stored, or KEPT in place of those that reach
+``drop_below``. With a softcap every exponential counts times its slope ``1 - (z / softcap)^2``, as
+in the gradient.
+
 **Numerics.** Sums, maxima and exponentials in float32. A column of -inf adds nothing;
 a NaN reaches the result.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -40,6 +49,7 @@ from torch import Tensor
 from crosscut.kernels.kept_rows import KeptRows
 from crosscut.kernels.tiles import (
     LOG2_E,
+    Head,
     Tiles,
     column_part,
     descriptor,
@@ -50,6 +60,7 @@ from crosscut.kernels.tiles import (
     tiles_in_group,
 )
 
+KEPT = tl.constexpr(-1.0)  # what a column mass says of a column that is not to be left out
 MORE_GROUPS = tl.constexpr(3)  # group counts tried, from the fewest that fit in L2
 
 
@@ -85,8 +96,10 @@ def sweep_slice(
     classifier_desc,
     bias_ptr,
     logit_weight_ptr,
+    column_mass_ptr,  # of the token tile
     rows,  # [BLOCK_N]
     first_row,
+    reference,  # [BLOCK_N], for column masses; inf for no token
     first_tile,
     last_tile,
     num_classes,
@@ -95,26 +108,33 @@ def sweep_slice(
     stride_d,
     logit_scale,
     softcap,
+    drop_below,
     GATHER: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """``max z``, ``sum exp(z - max)`` and ``sum logit_weight z`` [BLOCK_N] over some tiles."""
+    """Sums over some class tiles, [BLOCK_N] each.
+
+    ``max z``, ``sum exp(z - max)``, ``sum logit_weight z``, ``sum slope exp(z - max)``.
+    """
     BLOCK_N: tl.constexpr = TILE[0]
     BLOCK_V: tl.constexpr = TILE[1]
+    simple: tl.constexpr = bias_ptr is None and softcap is None and logit_weight_ptr is None
+    PARTS: tl.constexpr = 2 if simple else 4
+    PART: tl.constexpr = BLOCK_V // PARTS
+    SLOPED: tl.constexpr = column_mass_ptr is not None and softcap is not None
     highest = tl.full((BLOCK_N,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)  # of exp(z - highest)
     logit_sum = tl.zeros((BLOCK_N,), tl.float32)
+    sloped_total = tl.zeros((BLOCK_N,), tl.float32)
     for tile in range(first_tile, last_tile):
         product = product_tile(
             hidden_ptr, hidden_desc, classifier_ptr, classifier_desc, rows, first_row,
             tile * BLOCK_V, num_classes, hidden_size, stride_v, stride_d, GATHER, TILE,
         )  # fmt: skip
-        simple: tl.constexpr = bias_ptr is None and softcap is None and logit_weight_ptr is None
-        PARTS: tl.constexpr = 2 if simple else 4
         for part in tl.static_range(PARTS):
-            first_class = tile * BLOCK_V + part * (BLOCK_V // PARTS)
-            classes = first_class + tl.arange(0, BLOCK_V // PARTS)
-            z = column_part(product, part, PARTS, BLOCK_N, BLOCK_V)  # [BLOCK_N, BLOCK_V / PARTS]
+            first_class = tile * BLOCK_V + part * PART
+            classes = first_class + tl.arange(0, PART)
+            z = column_part(product, part, PARTS, BLOCK_N, BLOCK_V)  # [BLOCK_N, PART]
             if simple:
                 z *= logit_scale
             else:
@@ -128,14 +148,27 @@ def sweep_slice(
                     weight = tl.load(logit_weight_ptr + classes, mask=inside, other=0.0)
                     weighted = tl.where(inside[None, :], weight[None, :] * z, 0.0)
                     logit_sum += tl.sum(weighted, 1)
-            if first_class + BLOCK_V // PARTS > num_classes:
+            if SLOPED:
+                capped = z / softcap
+                slope = 1 - capped * capped
+            if first_class + PART > num_classes:
                 z = tl.where((classes < num_classes)[None, :], z, -float("inf"))
             higher = tl.maximum(highest, tl.max(z, 1))
-            reference = tl.where(higher == -float("inf"), 0.0, higher)
-            total *= tl.exp2((highest - reference) * LOG2_E)
-            total += tl.sum(tl.exp2((z - reference[:, None]) * LOG2_E), 1)
+            highest_or_0 = tl.where(higher == -float("inf"), 0.0, higher)
+            rescale = tl.exp2((highest - highest_or_0) * LOG2_E)
+            p = tl.exp2((z - highest_or_0[:, None]) * LOG2_E)
+            total = total * rescale + tl.sum(p, 1)
             highest = higher
-    return highest, total, logit_sum
+            if column_mass_ptr is not None:
+                if SLOPED:
+                    p *= slope
+                    sloped_total = sloped_total * rescale + tl.sum(p, 1)
+                bound = tl.exp2((reference - highest_or_0) * LOG2_E)  # on the lse, as total is
+                share = 1 / (tl.maximum(bound, total) * drop_below)
+                mass = tl.sum(p * share[:, None], 0)
+                mass = tl.where(mass < 1, mass, KEPT).to(column_mass_ptr.dtype.element_ty)
+                tl.store(column_mass_ptr + classes, mass, mask=classes < num_classes)
+    return highest, total, logit_sum, sloped_total
 
 
 @triton.jit
@@ -148,15 +181,19 @@ def linear_lse_kernel(
     logit_weight_ptr,
     num_rows_ptr,
     rows_ptr,
+    reference_ptr,
     slice_highest_ptr,
     slice_total_ptr,
     slice_sum_ptr,
+    slice_sloped_ptr,
+    column_mass_ptr,
     num_classes,
     hidden_size,
     stride_v,
     stride_d,
     logit_scale,
     softcap,
+    drop_below,
     most_tiles,
     TILE: tl.constexpr,
 ):
@@ -180,18 +217,22 @@ def linear_lse_kernel(
         end = tl.minimum(tl.minimum(first + each, group) + start, token_tiles)
         for tile in range(start + first, end):
             rows, valid, first_row, no_gap = load_rows(rows_ptr, tile, num_rows, BLOCK_N)
+            masses, reference = None, None
+            if column_mass_ptr is not None:
+                masses = column_mass_ptr + tile * tl.cast(num_classes, tl.int64)
+                reference = tl.load(reference_ptr + rows, mask=valid, other=float("inf"))
             if hidden_desc is not None and no_gap:
-                highest, total, logit_sum = sweep_slice(
+                highest, total, logit_sum, sloped_total = sweep_slice(
                     hidden_ptr, hidden_desc, classifier_ptr, classifier_desc, bias_ptr,
-                    logit_weight_ptr, rows, first_row, first_tile, last_tile, num_classes,
-                    hidden_size, stride_v, stride_d, logit_scale, softcap,
+                    logit_weight_ptr, masses, rows, first_row, reference, first_tile, last_tile,
+                    num_classes, hidden_size, stride_v, stride_d, logit_scale, softcap, drop_below,
                     False, TILE,
                 )  # fmt: skip
             else:
-                highest, total, logit_sum = sweep_slice(
+                highest, total, logit_sum, sloped_total = sweep_slice(
                     hidden_ptr, hidden_desc, classifier_ptr, classifier_desc, bias_ptr,
-                    logit_weight_ptr, rows, first_row, first_tile, last_tile, num_classes,
-                    hidden_size, stride_v, stride_d, logit_scale, softcap,
+                    logit_weight_ptr, masses, rows, first_row, reference, first_tile, last_tile,
+                    num_classes, hidden_size, stride_v, stride_d, logit_scale, softcap, drop_below,
                     True, TILE,
                 )  # fmt: skip
             place = (tile * BLOCK_N + tl.arange(0, BLOCK_N)) * (wide + has_last) + my_slice
@@ -199,6 +240,8 @@ def linear_lse_kernel(
             tl.store(slice_total_ptr + place, total, mask=valid)
             if slice_sum_ptr is not None:
                 tl.store(slice_sum_ptr + place, logit_sum, mask=valid)
+            if slice_sloped_ptr is not None:
+                tl.store(slice_sloped_ptr + place, sloped_total, mask=valid)
 
 
 @triton.jit
@@ -206,11 +249,13 @@ def combine_slices_kernel(
     slice_highest_ptr,
     slice_total_ptr,
     slice_sum_ptr,
+    slice_sloped_ptr,
     num_rows_ptr,
     rows_ptr,
     highest_ptr,
     total_ptr,
     logit_sum_ptr,
+    slope_mean_ptr,
     num_classes,
     programs,
     most_tiles,
@@ -229,45 +274,59 @@ def combine_slices_kernel(
         highest = tl.full((BLOCK_N,), -float("inf"), tl.float32)
         total = tl.zeros((BLOCK_N,), tl.float32)
         logit_sum = tl.zeros((BLOCK_N,), tl.float32)
+        sloped = tl.zeros((BLOCK_N,), tl.float32)
         for index in range(slices):
             slice_highest = tl.load(slice_highest_ptr + place + index, mask=valid, other=0.0)
             slice_total = tl.load(slice_total_ptr + place + index, mask=valid, other=0.0)
             higher = tl.maximum(highest, slice_highest)
             reference = tl.where(higher == -float("inf"), 0.0, higher)
-            total *= tl.exp(highest - reference)
-            total += slice_total * tl.exp(slice_highest - reference)
+            old, new = tl.exp(highest - reference), tl.exp(slice_highest - reference)
+            total = total * old + slice_total * new
             highest = higher
             if slice_sum_ptr is not None:
                 logit_sum += tl.load(slice_sum_ptr + place + index, mask=valid, other=0.0)
+            if slice_sloped_ptr is not None:
+                slice_sloped = tl.load(slice_sloped_ptr + place + index, mask=valid, other=0.0)
+                sloped = sloped * old + slice_sloped * new
         tl.store(highest_ptr + rows, highest, mask=valid)
         tl.store(total_ptr + rows, total, mask=valid)
         if logit_sum_ptr is not None:
             tl.store(logit_sum_ptr + rows, logit_sum, mask=valid)
+        if slope_mean_ptr is not None:
+            tl.store(slope_mean_ptr + rows, sloped / tl.where(valid, total, 1.0), mask=valid)
+
+
+class LinearLse(NamedTuple):
+    """What a sweep finds, float32; 0 at rows left out."""
+
+    lse: Tensor  # [N]
+    logit_sum: Tensor | None  # [N]
+    slope_mean: Tensor | None  # [N], ``sum_v slope p``
 
 
 def linear_lse(
-    hidden: Tensor,
-    classifier: Tensor,
-    bias: Tensor | None,
-    logit_weight: Tensor | None,
+    head: Head,
     kept: KeptRows,
     tiles: Tiles,
     *,
-    logit_scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor | None]:
-    """``lse`` and, given ``logit_weight``, ``logit_sum``: [N] float32, 0 at rows left out.
+    logit_weight: Tensor | None = None,
+    column_mass: Tensor | None = None,
+    reference: Tensor | None = None,
+    drop_below: float = 1.0,
+) -> LinearLse:
+    """``lse``, and ``logit_sum`` given ``logit_weight``; fills ``column_mass``.
 
     Args:
-        hidden: [N, D], contiguous.
-        classifier: [V, D].
-        bias: [V] or None.
-        logit_weight: [V] float32 or None.
+        head: the head, with contiguous hidden states.
         kept: the rows that take part.
         tiles: BLOCK_N tokens x BLOCK_V classes, in steps of BLOCK_D dimensions.
-        logit_scale: factor of the products.
-        softcap: None for no softcap.
+        logit_weight: [V] float32 or None.
+        column_mass: [token tiles, V], any float dtype, contiguous, or None; for each tile of
+            BLOCK_N kept rows ``sum_n slope p / drop_below``, or KEPT from 1 on.
+        reference: [N] float32, a lower bound of ``lse``; needed with ``column_mass``.
+        drop_below: see ``column_mass``.
     """
+    hidden, classifier = head.hidden, head.classifier
     num_tokens, num_classes = len(hidden), len(classifier)
     programs, most_tiles = num_programs(hidden.device), tiles_in_group(hidden, tiles)
     token_tiles = triton.cdiv(num_tokens, tiles.block_n)
@@ -277,25 +336,31 @@ def linear_lse(
     def new(size: int, value: float = 0.0) -> Tensor:
         return torch.full((size,), value, dtype=torch.float32, device=hidden.device)
 
+    sloped = column_mass is not None and head.softcap is not None
     slice_highest, slice_total = new(slots), new(slots)
     slice_sum = None if logit_weight is None else new(slots)
+    slice_sloped = new(slots) if sloped else None
     linear_lse_kernel[(programs,)](
         hidden,
         descriptor(hidden, (tiles.block_n, tiles.block_d), tiles),
         classifier,
         descriptor(classifier, (tiles.block_v, tiles.block_d), tiles),
-        bias,
+        head.bias,
         logit_weight,
         kept.count,
         kept.rows,
+        reference,
         slice_highest,
         slice_total,
         slice_sum,
+        slice_sloped,
+        column_mass,
         num_classes,
         hidden.shape[1],
         *classifier.stride(),
-        logit_scale,
-        softcap,
+        head.logit_scale,
+        head.softcap,
+        drop_below,
         most_tiles,
         TILE=tiles.constants,
         num_warps=tiles.num_warps,
@@ -303,10 +368,11 @@ def linear_lse(
     )
     highest, total = new(num_tokens), new(num_tokens, 1.0)
     logit_sum = None if logit_weight is None else new(num_tokens)
+    slope_mean = new(num_tokens) if sloped else None
     combine_slices_kernel[(token_tiles,)](
-        slice_highest, slice_total, slice_sum, kept.count, kept.rows, highest, total, logit_sum,
-        num_classes, programs, most_tiles,
+        slice_highest, slice_total, slice_sum, slice_sloped, kept.count, kept.rows,
+        highest, total, logit_sum, slope_mean, num_classes, programs, most_tiles,
         BLOCK_N=tiles.block_n, BLOCK_V=tiles.block_v, num_warps=4,
     )  # fmt: skip
     # PyTorch's logarithm is more accurate than a kernel's, and every gradient has its error.
-    return highest + total.log(), logit_sum
+    return LinearLse(highest + total.log(), logit_sum, slope_mean)

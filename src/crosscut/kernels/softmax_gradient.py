@@ -52,7 +52,7 @@ FILTER_V = tl.constexpr(128)
 class Tokens(NamedTuple):
     """The tokens that take part, side by side; rows from R on are zeros, labels -1."""
 
-    num_rows: Tensor  # R, [1] int32
+    num_rows: Tensor  # R, [1] int32; where negative, nothing is to be done
     hidden: Tensor  # [N, D]
     labels: Tensor  # [N] int64, places among the classes of the call
     vectors: Tensor  # [N, 4] float32: lse, and the cotangents of lse, target_logit, logit_sum
@@ -126,7 +126,8 @@ def softmax_gradient_kernel(
     BLOCK_N: tl.constexpr = TILE[0]
     BLOCK_V: tl.constexpr = TILE[1]
     num_rows = tl.load(num_rows_ptr)
-    token_tiles, class_tiles = tl.cdiv(num_rows, BLOCK_N), tl.cdiv(num_classes, BLOCK_V)
+    token_tiles = tl.cdiv(tl.maximum(num_rows, 0), BLOCK_N)
+    class_tiles = tl.cdiv(num_classes, BLOCK_V)
     groups = tl.cdiv(token_tiles, most_tiles)
     group = tl.cdiv(token_tiles, tl.maximum(groups, 1))
 

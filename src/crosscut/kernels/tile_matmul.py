@@ -112,8 +112,9 @@ def tile_matmul_kernel(
     else:
         m_size, k_size = num_rows, num_classes
     d_tiles = tl.cdiv(hidden_size, BLOCK_D)
+    tiles = tl.where(num_rows < 0, 0, tl.cdiv(m_size, BLOCK_M) * d_tiles)
 
-    for index in range(tl.program_id(0), tl.cdiv(m_size, BLOCK_M) * d_tiles, tl.num_programs(0)):
+    for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
         first_m = index // d_tiles * BLOCK_M
         first_d = index % d_tiles * BLOCK_D
         m = first_m + tl.arange(0, BLOCK_M)
@@ -223,7 +224,7 @@ def classifier_gradient(
         out: [V, D], contiguous.
         dz: [N, chunk], contiguous rows; zeros from R up to the end of R's tile of TILE.
         hidden: [N, D], finite in the same rows.
-        num_rows: R, [1] int32.
+        num_rows: R, [1] int32; nothing is done where it is negative.
         live: of TILE classes, the TILEs of tokens; None for all.
         tiles: BLOCK_N classes x BLOCK_V dimensions, in steps of BLOCK_D tokens; of TILE where
             there is ``live``.
@@ -247,7 +248,7 @@ def add_hidden_gradient(
         out: [N, D], contiguous.
         dz: [N, chunk], contiguous rows.
         classifier: [chunk, D].
-        num_rows: R, [1] int32.
+        num_rows: R, [1] int32; nothing is done where it is negative.
         live: of TILE tokens, the TILEs of classes; None for all.
         tiles: BLOCK_N tokens x BLOCK_V dimensions, in steps of BLOCK_D classes; of TILE where
             there is ``live``.

@@ -26,7 +26,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -46,6 +46,10 @@ class Kernel(StrEnum):
     FILTER = "filter"  # the gradient kernel where it also marks 128 x 128 tiles
     MATMUL = "matmul"
     LIVE_MATMUL = "live_matmul"  # over lists of live tiles, 128 deep at a time
+    PAIRS = "pairs"
+    PAIR_MATMUL = "pair_matmul"
+    POPULAR_MATMUL = "popular_matmul"
+    ENTRY_MATMUL = "entry_matmul"  # 64 classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,17 +105,39 @@ def table(
     if kernel == Kernel.LIVE_MATMUL:
         block_v = 256 if capability >= (9, 0) else 64
         return tiles(128, block_v, 128, 8, 2, descriptors=capability >= (9, 0))
+    if kernel == Kernel.ENTRY_MATMUL:
+        return tiles(64, 256 if capability >= (9, 0) else 128, 64, 4, 1)
+    if kernel == Kernel.PAIRS and capability >= (10, 0):
+        return tiles(128, 128, 64, 8, 3, descriptors=True)
+    if kernel == Kernel.PAIR_MATMUL and capability >= (9, 0):
+        return tiles(128, 256, 128, 8, 2, descriptors=True)
     if capability >= (9, 0):
         block_v = 128 if kernel == Kernel.WEIGHTED_LSE else 256  # more would spill
-        stages = 4 if kernel in (Kernel.GRADIENT, Kernel.FILTER) else 3
+        stages = 4 if kernel in (Kernel.LSE, Kernel.GRADIENT, Kernel.FILTER) else 3
         return tiles(128, block_v, 64, 8, stages, descriptors=True)
     return tiles(128, 128, 64, 8, 3)  # 96 KiB of shared memory: fits every GPU since Ampere
+
+
+class Head(NamedTuple):
+    """What makes logits, ``softcap * tanh((logit_scale * H C^T + bias) / softcap)``."""
+
+    hidden: Tensor  # [N, D], contiguous
+    classifier: Tensor  # [V, D]
+    bias: Tensor | None  # [V], contiguous
+    logit_scale: float
+    softcap: float | None
 
 
 def choose_tiles(kernel: Kernel, like: Tensor) -> Tiles:
     """The tiles of a kernel for operands of the dtype and on the device of ``like``."""
     if like.device.type != "cuda":  # the interpreter: small, so that small inputs have many
-        sizes = {Kernel.FILTER: (128, 128, 64), Kernel.LIVE_MATMUL: (128, 64, 128)}
+        sizes = {
+            Kernel.FILTER: (128, 128, 64),
+            Kernel.LIVE_MATMUL: (128, 64, 128),
+            Kernel.PAIR_MATMUL: (16, 64, 16),
+            Kernel.POPULAR_MATMUL: (16, 64, 16),
+            Kernel.ENTRY_MATMUL: (64, 64, 32),
+        }
         n, v, d = sizes.get(kernel, (16, 64, 32))
         return Tiles(
             block_n=n, block_v=v, block_d=d, num_warps=1, num_stages=1,
@@ -231,6 +257,51 @@ def product_tile(
         else:
             c = classifier_desc.load([first_class, start]).T
         product = dot_tile(h, c, product, PRECISION)
+    return product
+
+
+@triton.jit
+def class_product_tile(
+    hidden_ptr,
+    hidden_desc,
+    classifier_ptr,
+    classifier_desc,
+    rows,  # [BLOCK_N]
+    first_row,
+    classes,  # [BLOCK_V]
+    first_class,
+    hidden_size,
+    stride_v,
+    stride_d,
+    GATHER: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """``C[classes] H[rows]^T`` [BLOCK_V, BLOCK_N] in float32, of any classes.
+
+    :func:`product_tile` transposed: in this order a class's sum over tokens stays in few threads.
+    """
+    BLOCK_N: tl.constexpr = TILE[0]
+    BLOCK_V: tl.constexpr = TILE[1]
+    BLOCK_D: tl.constexpr = TILE[2]
+    PRECISION: tl.constexpr = TILE[3]
+    offsets = tl.arange(0, BLOCK_D)
+    hidden_tile = hidden_ptr + rows[:, None] * hidden_size + offsets  # [BLOCK_N, BLOCK_D]
+    if classifier_desc is None:
+        classifier_rows = classifier_ptr + classes.to(tl.int64)[:, None] * stride_v  # [BLOCK_V, 1]
+
+    product = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)
+    for start in range(0, hidden_size, BLOCK_D):
+        inside = offsets < hidden_size - start
+        if classifier_desc is None:
+            d = (start + offsets).to(tl.int64)[None, :] * stride_d
+            c = tl.load(classifier_rows + d, mask=inside[None, :], other=0.0)
+        else:
+            c = classifier_desc.load([first_class, start])
+        if GATHER or hidden_desc is None:
+            h = tl.load(hidden_tile + start, mask=inside[None, :], other=0.0)
+        else:
+            h = hidden_desc.load([first_row, start])
+        product = dot_tile(c, h.T, product, PRECISION)
     return product
 
 

@@ -8,6 +8,7 @@ Under ``"auto"`` the gradient is the exact one.
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
@@ -16,6 +17,14 @@ import torch
 from torch import Tensor
 
 from crosscut.backends.protocol import Cotangents, Gradients, HeadProblem, Needs, Statistics
+from crosscut.backends.triton.column_filter import (
+    DROP_BELOW,
+    MAX_TAIL,
+    block_tokens,
+    filters_columns,
+    most_pairs,
+    token_blocks,
+)
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _OLDEST = (8, 0)
@@ -32,8 +41,8 @@ class TritonBackend:
             return "needs Triton, which is not installed"
         if problem.hidden.dtype not in _DTYPES:
             return f"needs bfloat16, float16 or float32, got {problem.hidden.dtype}"
-        if problem.options.policy == "filtered":
-            return "serves no policy 'filtered'"
+        if problem.options.policy == "filtered" and problem.hidden.dtype == torch.float32:
+            return "serves policy 'filtered' in bfloat16 and float16 only"
         if device.type != "cuda":
             if problem.options.backend == self.name and _interpreted():
                 return None
@@ -47,36 +56,18 @@ class TritonBackend:
         return None
 
     def forward(self, problem: HeadProblem, *, for_backward: bool) -> Statistics:
-        from crosscut.kernels.indexed_matmul import indexed_matmul
-        from crosscut.kernels.kept_rows import kept_rows
-        from crosscut.kernels.linear_lse import linear_lse
-        from crosscut.kernels.tiles import Kernel, choose_tiles
+        from crosscut.backends.triton.forward import compute_statistics
 
         statistics = self.forward_like(problem, for_backward=for_backward)
         if not len(problem.labels):
             return statistics
-        hidden, labels = problem.hidden.contiguous(), problem.labels.contiguous()
-        bias, weight = (
-            None if vector is None else vector.contiguous()
-            for vector in (problem.bias, problem.logit_weight)
-        )
-        head = {"logit_scale": problem.options.logit_scale, "softcap": problem.options.softcap}
         with _on(problem):
-            if labels.is_cuda:  # as PyTorch does it there: a late error, of the device
-                torch._assert_async((labels < len(problem.classifier)).all())
-            kernel = Kernel.LSE if weight is None else Kernel.WEIGHTED_LSE
-            tiles = choose_tiles(kernel, hidden)
-            lse, logit_sum = linear_lse(
-                hidden, problem.classifier, bias, weight, kept_rows(labels), tiles, **head
-            )
-            target_logit = indexed_matmul(hidden, problem.classifier, bias, labels, **head)
-        if logit_sum is None:
-            logit_sum = statistics.logit_sum
-        return statistics._replace(lse=lse, target_logit=target_logit, logit_sum=logit_sum)
+            return compute_statistics(problem, statistics)
 
     def forward_like(self, problem: HeadProblem, *, for_backward: bool) -> Statistics:
-        del for_backward  # the backward needs no more than the statistics
         num_tokens = len(problem.labels)
+        filtered = for_backward and filters_columns(problem)
+        sloped = filtered and problem.options.softcap is not None
 
         def new(*shape: int) -> Tensor:
             return problem.hidden.new_empty(shape, dtype=torch.float32)
@@ -85,8 +76,12 @@ class TritonBackend:
             lse=new(num_tokens),
             target_logit=new(num_tokens),
             logit_sum=new(0 if problem.logit_weight is None else num_tokens),
-            column_mass=new(0, len(problem.classifier)),
-            tail_mass=new(0),
+            column_mass=problem.hidden.new_empty(
+                token_blocks(problem) if filtered else 0,
+                len(problem.classifier),
+                dtype=torch.bfloat16,
+            ),
+            tail_mass=new(num_tokens if sloped else 0),
         )
 
     def backward(
@@ -98,8 +93,16 @@ class TritonBackend:
             return compute_gradients(problem, statistics, cotangents, needs)
 
     def sparsity(self, problem: HeadProblem, statistics: Statistics) -> tuple[float, float]:
-        del problem, statistics
-        return 1.0, 0.0
+        masses = statistics.column_mass
+        num_rows = (problem.labels >= 0).sum().item()
+        if not len(masses) or not num_rows:
+            return 1.0, 0.0
+        masses = masses[: math.ceil(num_rows / block_tokens(problem))]
+        kept = int((masses < 0).sum())
+        tail = masses.clamp_min(0).sum(dtype=torch.float32).item() * DROP_BELOW / num_rows
+        if kept > most_pairs(problem) or (problem.options.policy == "auto" and tail > MAX_TAIL):
+            return 1.0, 0.0
+        return kept / masses.numel(), tail
 
 
 def _on(problem: HeadProblem) -> AbstractContextManager[object]:

@@ -1,230 +1,33 @@
-"""Algorithm 3 of the paper (arXiv:2411.09009), by chunks of the vocabulary.
-
-For each chunk one kernel makes the gradient of its logits, ``dz`` [N, chunk], at most WORKSPACE
-bytes, and a second multiplies it:
-
-    dC[chunk] = dz^T H        complete at once
-    dH       += dz C[chunk]   across the chunks, in float32
-
-6NVD flop, of which a product that nobody wants is left out. Tokens that take no part are left out
-of all of it: the others are first put side by side, in an [N, D] copy.
-
-**The paper's filter** (policies ``cce*``). The first kernel marks the tiles of 128 tokens x 128
-classes in which some ``|softmax - onehot|`` reaches 2**-12 (section 4.3, gradient filtering), and
-the products go over these alone; all tiles of dC with ``full_c`` and of dH with ``full_e``. For
-the survivors to share tiles, classes are taken in the order of their mean logit (section 4.3,
-vocabulary sorting). Plain ``cce`` sums dH across the chunks in bfloat16 if that is its dtype, the
-others in float32.
-"""
+"""Gradients of the statistics, by policy."""
 
 from __future__ import annotations
 
-import math
-
 import torch
-from torch import Tensor
 
 from crosscut.backends.protocol import Cotangents, Gradients, HeadProblem, Needs, Statistics
-from crosscut.kernels.kept_rows import KeptRows, kept_rows
-from crosscut.kernels.move_rows import move_rows
-from crosscut.kernels.softmax_gradient import HeadChunk, Tokens, softmax_gradient
-from crosscut.kernels.tile_matmul import (
-    TILE,
-    add_hidden_gradient,
-    classifier_gradient,
-    live_tiles,
-)
-from crosscut.kernels.tiles import Kernel, Tiles, choose_tiles, num_programs
-from crosscut.options import workspace_limit
-
-MOST_CLASSES = 2**14
-"""Classes of a chunk, at most: more would gain nothing."""
+from crosscut.backends.triton.column_filter import block_tokens
+from crosscut.backends.triton.filtered import filtered_gradients
+from crosscut.backends.triton.sweep import side_by_side, sweep
 
 
 def compute_gradients(
     problem: HeadProblem, statistics: Statistics, cotangents: Cotangents, needs: Needs
 ) -> Gradients:
-    """The exact gradient, or the paper's filtered one under a ``cce`` policy."""
+    """The filtered gradient where the forward marked columns, else that of a whole sweep."""
+    inputs = problem.hidden, problem.classifier, problem.bias
+    out = Gradients(*(
+        torch.empty_like(value, memory_format=torch.contiguous_format)
+        if value is not None and need else None
+        for value, need in zip(inputs, needs, strict=True)
+    ))  # fmt: skip
     if not len(problem.labels):
-        inputs = problem.hidden, problem.classifier, problem.bias
-        wanted = zip(inputs, needs, strict=True)
-        return Gradients(*(
-            torch.zeros_like(value) if value is not None and need else None
-            for value, need in wanted
-        ))  # fmt: skip
-    sweep = _Sweep(problem, statistics, cotangents, needs)
-    for first in range(0, len(problem.classifier), sweep.width):
-        sweep.visit(slice(first, first + sweep.width))
-    return sweep.gradients()
-
-
-class _Sweep:
-    """One pass over the vocabulary."""
-
-    def __init__(
-        self, problem: HeadProblem, statistics: Statistics, cotangents: Cotangents, needs: Needs
-    ) -> None:
-        hidden, policy = problem.hidden, problem.options.policy
-        self.problem, self.policy = problem, policy
-        self.filtered = policy.startswith("cce")
-        # The gradient of a logit sum is spread over every logit: then no tile is dead.
-        self.drops = self.filtered and problem.logit_weight is None
-        self.gradient = choose_tiles(Kernel.FILTER if self.filtered else Kernel.GRADIENT, hidden)
-        self.matmul = choose_tiles(Kernel.MATMUL, hidden)
-        self.live_matmul = choose_tiles(Kernel.LIVE_MATMUL, hidden)
-
-        self.kept = kept_rows(problem.labels.contiguous())
-        self.tokens, self.lift = _side_by_side(problem, self.kept, statistics, cotangents)
-        self.scale = (problem.options.logit_scale / self.lift).reshape(1)
-        self.order = None
-        if self.filtered:
-            self.order = _by_mean_logit(problem, self.tokens)  # [V]
-            rank = torch.empty_like(self.order)
-            rank[self.order] = torch.arange(len(rank), device=rank.device)
-            self.tokens = self.tokens._replace(labels=rank[self.tokens.labels.clamp_min(0)])
-
-        # [N, D], side by side
-        narrow = policy == "cce" and hidden.dtype == torch.bfloat16
-        total = torch.bfloat16 if narrow else torch.float32
-        self.d_hidden = self.d_classifier = self.d_bias = None
-        if needs.hidden:
-            self.d_hidden = torch.zeros_like(self.tokens.hidden, dtype=total)
-        if needs.classifier:
-            self.d_classifier = hidden.new_empty(problem.classifier.shape)
-        if needs.bias and problem.bias is not None:
-            self.d_bias = torch.empty_like(problem.bias)
-        self.width = _chunk_width(problem, self.gradient, self.matmul)
-        token_tiles = math.ceil(len(hidden) / TILE)
-        self.workspace = hidden.new_zeros(token_tiles * TILE, self.width)
-
-    def visit(self, classes: slice) -> None:
-        """One chunk of classes; every token. Completes the chunk's rows of dC and d_bias."""
-        problem, policy = self.problem, self.policy
-        chunk, out_rows = self._chunk(classes)
-        workspace = self.workspace[:, : len(chunk.classifier)]
-        dz = workspace[: len(problem.labels)]  # [N, chunk]
-        alive = None
-        if self.drops:  # [token tiles, class tiles]
-            class_tiles = math.ceil(dz.shape[1] / TILE)
-            alive = dz.new_zeros(len(workspace) // TILE, class_tiles, dtype=torch.int8)
-        softmax_gradient(
-            dz, self.tokens, chunk, self.gradient, alive=alive,
-            logit_scale=problem.options.logit_scale, softcap=problem.options.softcap,
-        )  # fmt: skip
-
-        if self.d_hidden is not None:
-            live = None if alive is None or policy.endswith("full_e") else live_tiles(alive)
-            tiles = self.matmul if live is None else self.live_matmul
-            add_hidden_gradient(self.d_hidden, dz, chunk.classifier, self.kept.count, live, tiles)
-        if self.d_classifier is not None:
-            live = None if alive is None or policy.endswith("full_c") else live_tiles(alive.t())
-            out = self.d_classifier[classes] if out_rows is None else self.d_classifier
-            tiles = self.matmul if live is None else self.live_matmul
-            classifier_gradient(
-                out, dz, self.tokens.hidden, self.kept.count, live, tiles,
-                scale=self.scale, out_rows=out_rows,
-            )  # fmt: skip
-        if self.d_bias is not None:
-            sums = workspace.unflatten(0, (-1, TILE)).sum(1, dtype=torch.float32)
-            if alive is not None and "full" not in policy:
-                sums *= alive.repeat_interleave(TILE, 1)[:, : sums.shape[1]]
-            d_bias = (sums.sum(0) / self.lift).to(self.d_bias)
-            self.d_bias[classes if out_rows is None else out_rows] = d_bias
-
-    def gradients(self) -> Gradients:
-        """What the visits came to."""
-        d_hidden = None
-        if self.d_hidden is not None:
-            d_hidden = self.problem.hidden.new_empty(self.problem.hidden.shape)
-            move_rows(d_hidden, self.d_hidden, self.kept.place, self.scale)
-        return Gradients(d_hidden, self.d_classifier, self.d_bias)
-
-    def _chunk(self, classes: slice) -> tuple[HeadChunk, Tensor | None]:
-        """Some classes in order, and which they are unless they are ``classes``."""
-        problem, rows = self.problem, None
-        if self.order is None:
-            classifier = problem.classifier[classes]
-        else:
-            rows = self.order[classes]
-            classifier = move_rows(
-                problem.classifier.new_empty(len(rows), problem.classifier.shape[1]),
-                problem.classifier,
-                rows,
-            )
-
-        def take(vector: Tensor | None) -> Tensor | None:
-            return None if vector is None else vector[classes if rows is None else rows]
-
-        bias, weight = take(problem.bias), take(problem.logit_weight)
-        return HeadChunk(
-            classes.start,
-            classifier,
-            None if bias is None else bias.contiguous(),
-            None if weight is None else weight.contiguous(),
-        ), rows
-
-
-def _side_by_side(
-    problem: HeadProblem, kept: KeptRows, statistics: Statistics, cotangents: Cotangents
-) -> tuple[Tokens, Tensor]:
-    """The tokens that take part, and the power of two that their cotangents are multiplied by.
-
-    float16 has too little range for the gradients of logits: the largest there may be is brought
-    near 2**14, and what comes of them is divided by the same power.
-    """
-    d_lse, d_target, d_sum = cotangents
-    if d_sum is None:
-        d_sum = torch.zeros_like(d_lse)
-    vectors = torch.stack([statistics.lse, d_lse, d_target, d_sum], 1).float()  # [N, 4]
-    lift = torch.ones((), device=vectors.device)
-    if problem.hidden.dtype == torch.float16:
-        largest = vectors[:, 1].abs() + vectors[:, 2].abs()
-        if problem.logit_weight is not None:
-            largest += vectors[:, 3].abs() * problem.logit_weight.abs().max()
-        lift = torch.exp2(14 - largest.amax().clamp(2.0**-100, 2.0**100).log2().ceil())
-        vectors[:, 1:] *= lift
-    tokens = Tokens(
-        kept.count,
-        move_rows(problem.hidden.new_empty(problem.hidden.shape), problem.hidden, kept.rows),
-        problem.labels[kept.rows.clamp_min(0).long()],
-        move_rows(torch.empty_like(vectors), vectors, kept.rows),
-    )
-    return tokens, lift
-
-
-def _by_mean_logit(problem: HeadProblem, tokens: Tokens) -> Tensor:
-    """Classes [V] by descending mean logit over the tokens that take part, before the softcap."""
-    classifier = problem.classifier
-    mean = tokens.hidden.sum(0, dtype=torch.float32) / tokens.num_rows  # [D]
-    if classifier.device.type == "cuda" and classifier.dtype != torch.float32:
-        mean = mean.to(classifier.dtype)
-        logit = torch.mm(classifier, mean[:, None], out_dtype=torch.float32)[:, 0]
+        for gradient in out:
+            if gradient is not None:
+                gradient.zero_()
+        return out
+    together = side_by_side(problem, statistics, cotangents, block_n=block_tokens(problem))
+    if len(statistics.column_mass):
+        filtered_gradients(problem, statistics, together, out)
     else:
-        logit = classifier.float() @ mean
-    logit *= problem.options.logit_scale
-    if problem.bias is not None:
-        logit += problem.bias
-    return logit.argsort(descending=True, stable=True)
-
-
-def _chunk_width(problem: HeadProblem, gradient: Tiles, matmul: Tiles) -> int:
-    """Classes of a chunk: as many as the workspace allows, and few programs idle.
-
-    Each kernel's tiles go over the programs in rounds. Of the widths near the most allowed, the
-    one whose rounds are fullest.
-    """
-    num_tokens, hidden_size = problem.hidden.shape
-    row_bytes = math.ceil(num_tokens / TILE) * TILE * problem.hidden.element_size()
-    most = min(workspace_limit() // row_bytes, MOST_CLASSES, len(problem.classifier) + TILE - 1)
-    programs = num_programs(problem.hidden.device)
-
-    def time(width: int) -> float:
-        """Of one class, in steps of a program: the gradient of logits, and dC."""
-        tiles = math.ceil(num_tokens / gradient.block_n) * math.ceil(width / gradient.block_v)
-        steps = math.ceil(tiles / programs) * hidden_size * gradient.block_n * gradient.block_v
-        tiles = math.ceil(width / matmul.block_n) * math.ceil(hidden_size / matmul.block_v)
-        steps += math.ceil(tiles / programs) * num_tokens * matmul.block_n * matmul.block_v
-        return steps / width
-
-    most_tiles = max(1, most // TILE)
-    return min((TILE * n for n in range(most_tiles, most_tiles // 2, -1)), key=time)
+        sweep(problem, together, out)
+    return out

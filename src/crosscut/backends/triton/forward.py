@@ -1,0 +1,68 @@
+"""Algorithms 1 and 2 of the paper (arXiv:2411.09009), and the column filter's marks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crosscut.backends.protocol import HeadProblem, Statistics
+from crosscut.backends.triton.column_filter import DROP_BELOW, block_tokens
+from crosscut.kernels.indexed_matmul import indexed_matmul
+from crosscut.kernels.kept_pairs import keep_labels
+from crosscut.kernels.kept_rows import KeptRows, kept_rows
+from crosscut.kernels.linear_lse import linear_lse
+from crosscut.kernels.move_rows import move_rows
+from crosscut.kernels.tiles import Head, Kernel, choose_tiles
+
+MOST_SCOUTS = 2048
+
+
+def compute_statistics(problem: HeadProblem, like: Statistics) -> Statistics:
+    """The statistics, shaped as ``like``; ``like.column_mass`` gets filled where it has rows."""
+    hidden, labels = problem.hidden.contiguous(), problem.labels.contiguous()
+    num_classes, options = len(problem.classifier), problem.options
+    bias, weight = (
+        None if vector is None else vector.contiguous()
+        for vector in (problem.bias, problem.logit_weight)
+    )
+    if labels.is_cuda:  # as PyTorch does it there: a late error, of the device
+        torch._assert_async((labels < num_classes).all())
+    head = Head(hidden, problem.classifier, bias, options.logit_scale, options.softcap)
+    kept = kept_rows(labels)
+    target_logit = indexed_matmul(head, labels)
+    if not len(like.column_mass):
+        tiles = choose_tiles(Kernel.LSE if weight is None else Kernel.WEIGHTED_LSE, hidden)
+        found = linear_lse(head, kept, tiles, logit_weight=weight)
+        logit_sum = like.logit_sum if found.logit_sum is None else found.logit_sum
+        return like._replace(lse=found.lse, target_logit=target_logit, logit_sum=logit_sum)
+
+    tiles = choose_tiles(Kernel.LSE, hidden)
+    scouts, reference = _scouts(problem), target_logit
+    if len(scouts):
+        some = move_rows(hidden.new_empty(len(scouts), hidden.shape[1]), problem.classifier, scouts)
+        reference = torch.maximum(
+            reference, linear_lse(head._replace(classifier=some), kept, tiles).lse
+        )
+    column_mass = like.column_mass.zero_()
+    found = linear_lse(
+        head, kept, tiles, column_mass=column_mass, reference=reference, drop_below=DROP_BELOW
+    )
+    keep_labels(column_mass, labels, kept, block_tokens(problem))
+    slope_mean = like.tail_mass if found.slope_mean is None else found.slope_mean
+    return like._replace(lse=found.lse, target_logit=target_logit, tail_mass=slope_mean)
+
+
+def _scouts(problem: HeadProblem) -> Tensor:
+    """Classes that have most of the softmax: this batch's labels, then others, by number.
+
+    Their log-sum-exp is a lower bound of the whole one, near it, and known before the sweep.
+    """
+    labels, num_classes = problem.labels, len(problem.classifier)
+    most = min(MOST_SCOUTS, num_classes // 16)
+    classes = torch.arange(num_classes, dtype=torch.int32, device=labels.device)
+    is_label = torch.zeros(num_classes + 1, dtype=torch.int32, device=labels.device)
+    is_label.scatter_(0, torch.where(labels < 0, num_classes, labels).clamp_max(num_classes), 1)
+    rank = is_label[:-1].cumsum(0, dtype=torch.int32)  # from 1
+    place = torch.where(is_label[:-1] > 0, rank - 1, rank[-1] + classes - rank)
+    scouts = torch.empty(most + 1, dtype=torch.int32, device=labels.device)
+    return scouts.scatter_(0, place.clamp_max(most).long(), classes)[:-1]

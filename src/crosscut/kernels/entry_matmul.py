@@ -1,0 +1,230 @@
+"""The rows of dC of all classes that are not popular, from single entries of dz.
+
+Most elements of a kept pair are too small to matter alone. An *entry* (see :mod:`.pair_gradient`)
+is one that is not:
+
+    dC[v] = scale * (sum_entries dz[n, v] H[n]  +  sum_b column_mass[b, v] w[b])
+
+**Entries** are listed cell by cell (CELL classes), within a cell by block, slot and token:
+
+    place[i]    token * CELL + class within the cell          value[i]    dz
+
+    dz [slots, BLOCK_N]   . x . .          entries of cell 0:  (1, v0) (3, v0) (2, v1) ..
+                          . . x .  ..      entries of cell 1:  ..
+
+**Who owns what.** Program i owns tile i of dC, a cell x BLOCK_D dimensions, all dimensions of a
+cell first. The work is waiting for rows, so there are many small programs. Entries become a matrix
+product, STEP at a time:
+
+                            H[tokens]  [STEP, BLOCK_D]
+    one value a column      +-----+
+    +-----+                 |#####|
+    | x x | [CELL, STEP]    +-----+      rows gathered from the L2 cache
+    +-----+
+
+Every row is written once, in one order of sums.
+
+**Cost.** A row of H read an entry (from L2), dC written once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from crosscut.kernels.kept_pairs import CELL, KeptPairs
+from crosscut.kernels.pair_gradient import PairGradient, is_entry_of
+from crosscut.kernels.softmax_gradient import Tokens
+from crosscut.kernels.tiles import Tiles, dot_tile
+
+
+LIST_SLOTS = 8
+
+
+class Entries(NamedTuple):
+    """The lists; see the module."""
+
+    start: Tensor  # [cells * blocks + 1] int32, first entry of each (cell, block)
+    place: Tensor  # [most] int32
+    value: Tensor  # [most], the dtype of H
+    fits: Tensor  # [] bool, whether there is room for all
+
+
+@triton.jit
+def list_entries_kernel(
+    num_rows_ptr,
+    labels_ptr,
+    vectors_ptr,
+    dz_ptr,
+    columns_ptr,
+    cell_start_ptr,
+    popular_rank_ptr,
+    before_ptr,  # [slots + 1], entries in earlier slots
+    start_ptr,
+    place_ptr,
+    value_ptr,
+    num_blocks,
+    cells,
+    most_entries,
+    CELL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Program (i, b) owns every num_programs(0)-th tile of block b's slots."""
+    block = tl.program_id(1)
+    num_rows = tl.load(num_rows_ptr)
+    first = tl.load(cell_start_ptr + block * (cells + 1))
+    end = tl.load(cell_start_ptr + block * (cells + 1) + cells)
+    if block * BLOCK_N >= num_rows:
+        end = first
+    tokens = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    labels = tl.load(labels_ptr + tokens, mask=tokens < num_rows, other=-1)
+    d_lse = tl.load(vectors_ptr + tokens * 4 + 1, mask=tokens < num_rows, other=0.0)
+    stride = tl.num_programs(0) * SLOTS
+    for slot in range(first + tl.program_id(0) * SLOTS, end, stride):
+        slots = slot + tl.arange(0, SLOTS)
+        classes = tl.load(columns_ptr + slots)
+        mine = (slots < end) & (tl.load(popular_rank_ptr + classes) < 0)
+        block_dz = dz_ptr + tl.cast(slot, tl.int64) * BLOCK_N
+        place = tl.arange(0, SLOTS)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        dz = tl.load(block_dz + place)  # [SLOTS, BLOCK_N]
+        is_target = classes[:, None] == labels[None, :]
+        is_entry = is_entry_of(dz.to(tl.float32), d_lse[None, :], is_target) & mine[:, None]
+        cell = classes // CELL
+        cell_first = tl.load(cell_start_ptr + block * (cells + 1) + cell)
+        index = tl.load(start_ptr + cell * num_blocks + block)
+        index += tl.load(before_ptr + slots) - tl.load(before_ptr + cell_first)
+        index = index[:, None] + tl.cumsum(is_entry.to(tl.int32), 1) - 1
+        listed = is_entry & (index < most_entries)
+        tl.store(place_ptr + index, tokens[None, :] * CELL + (classes % CELL)[:, None], mask=listed)
+        tl.store(value_ptr + index, dz, mask=listed)
+
+
+def list_entries(tokens: Tokens, pairs: KeptPairs, gradient: PairGradient, *, most: int) -> Entries:
+    """List the entries of classes that are not popular; at most ``most`` of them."""
+    blocks, cells = len(pairs.tail), pairs.cell_start.shape[1] - 1
+    device = pairs.columns.device
+    before = torch.zeros(len(pairs.columns) + 1, dtype=torch.int32, device=device)
+    torch.cumsum(gradient.num_entries, 0, dtype=torch.int32, out=before[1:])
+    inside = pairs.cell_start.clamp_max(len(pairs.columns))
+    at_cell = before[inside.long()]  # [blocks, cells + 1]
+    start = torch.zeros(cells * blocks + 1, dtype=torch.int32, device=device)
+    in_cell = (at_cell[:, 1:] - at_cell[:, :-1]).t().reshape(-1)
+    torch.cumsum(in_cell, 0, dtype=torch.int32, out=start[1:])
+    found = Entries(
+        start=start,
+        place=torch.empty(most, dtype=torch.int32, device=device),
+        value=torch.empty(most, dtype=gradient.dz.dtype, device=device),
+        fits=start[-1] <= most,
+    )
+    list_entries_kernel[(64, blocks)](
+        tokens.num_rows, tokens.labels, tokens.vectors, gradient.dz, pairs.columns,
+        pairs.cell_start, pairs.popular_rank, before, start, found.place, found.value,
+        blocks, cells, most,
+        CELL=CELL, BLOCK_N=gradient.dz.shape[1], SLOTS=LIST_SLOTS, num_warps=4,
+    )  # fmt: skip
+    return found
+
+
+@triton.jit
+def classifier_rows_kernel(
+    num_rows_ptr,
+    hidden_ptr,
+    start_ptr,
+    place_ptr,
+    value_ptr,
+    popular_rank_ptr,
+    column_mass_ptr,
+    tail_row_ptr,  # [blocks, D]
+    scale_ptr,
+    out_ptr,
+    num_blocks,
+    num_classes,
+    hidden_size,
+    TILE: tl.constexpr,
+):
+    CELL: tl.constexpr = TILE[0]
+    BLOCK_D: tl.constexpr = TILE[1]
+    STEP: tl.constexpr = TILE[2]
+    PRECISION: tl.constexpr = TILE[3]
+    num_rows = tl.load(num_rows_ptr)
+    if num_rows >= 0:
+        d_tiles = tl.cdiv(hidden_size, BLOCK_D)
+        index = tl.program_id(0)
+        cell = index // d_tiles
+        in_cell = tl.arange(0, CELL)
+        classes = cell * CELL + in_cell
+        d = index % d_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
+        d_inside = (d < hidden_size)[None, :]
+        total = tl.zeros((CELL, BLOCK_D), tl.float32)
+        for first in range(0, num_blocks, STEP):
+            block = first + tl.arange(0, STEP)
+            place = column_mass_ptr + block.to(tl.int64)[:, None] * num_classes + classes[None, :]
+            inside = (block < num_blocks)[:, None] & (classes < num_classes)[None, :]
+            mass = tl.load(place, mask=inside, other=0.0)  # [STEP, CELL]
+            place = tail_row_ptr + block[:, None] * hidden_size + d[None, :]
+            inside = (block < num_blocks)[:, None] & d_inside
+            row = tl.load(place, mask=inside, other=0.0)  # [STEP, BLOCK_D]
+            total = dot_tile(mass.T, row, total, PRECISION)
+
+        start = tl.load(start_ptr + cell * num_blocks)
+        end = tl.load(start_ptr + (cell + 1) * num_blocks)
+        for first in range(start, end, STEP):
+            entry = first + tl.arange(0, STEP)
+            place = tl.load(place_ptr + entry, mask=entry < end, other=0)
+            value = tl.load(value_ptr + entry, mask=entry < end, other=0.0)
+            is_mine = (place % CELL)[None, :] == in_cell[:, None]
+            dz = tl.where(is_mine, value[None, :], 0.0).to(value.dtype)  # [CELL, STEP]
+            row = hidden_ptr + (place // CELL).to(tl.int64)[:, None] * hidden_size + d[None, :]
+            h = tl.load(row, mask=d_inside, other=0.0)  # [STEP, BLOCK_D]
+            total = dot_tile(dz, h, total, PRECISION)
+
+        inside = classes < num_classes
+        popular = tl.load(popular_rank_ptr + classes, mask=inside, other=0) >= 0
+        mask = (inside & (popular == 0))[:, None] & d_inside
+        out = out_ptr + classes.to(tl.int64)[:, None] * hidden_size + d[None, :]
+        total *= tl.load(scale_ptr)
+        tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def classifier_rows(
+    out: Tensor,
+    tokens: Tokens,
+    entries: Entries,
+    pairs: KeptPairs,
+    tail: tuple[Tensor, Tensor],
+    scale: Tensor,
+    tiles: Tiles,
+) -> None:
+    """Fill the rows of ``out`` [V, D] of classes not popular. Nothing if ``tokens.num_rows < 0``.
+
+    Args:
+        out: [V, D], contiguous.
+        tokens: those that take part.
+        entries: the lists.
+        pairs: which classes are popular.
+        tail: column masses [blocks, V] and rows ``w`` [blocks, D], in the dtype of H.
+        scale: [1] float32.
+        tiles: BLOCK_N = CELL classes x BLOCK_V dimensions, in steps of BLOCK_D entries.
+    """
+    cells, d_tiles = triton.cdiv(len(out), CELL), triton.cdiv(out.shape[1], tiles.block_v)
+    classifier_rows_kernel[(cells * d_tiles,)](
+        tokens.num_rows,
+        tokens.hidden,
+        entries.start,
+        entries.place,
+        entries.value,
+        pairs.popular_rank,
+        *tail,
+        scale,
+        out,
+        len(tail[0]),
+        *out.shape,
+        TILE=tiles.constants,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )

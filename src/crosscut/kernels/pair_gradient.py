@@ -1,0 +1,294 @@
+"""Gradient of the logits of the kept pairs, and what of the softmax they leave.
+
+For each kept pair (block of BLOCK_N tokens b, class v), see :mod:`.kept_pairs`, its BLOCK_N logits
+are made again, and
+
+    dz[slot, n] = (d_lse[n] p[n, v] + d_target[n] [v = y_n]) * slope[n, v]
+
+is stored in the dtype of H, side by side. That is all that dH needs of the kept pairs. dC is made
+of the popular classes' pairs, whole, and of single *entries* of the others: those with
+
+    |dz| > ENTRY |d_lse|        and every label's.
+
+**Who owns what.** A tile is SLOTS slots of one block. One program a multiprocessor; the first tile
+of every block, then the second of every block, and so on: what runs at once gathers its rows of C
+from one region of the vocabulary, and finds them in the L2 cache.
+
+**The rest.** What is left out has row sums and column sums too; they are what stands for it. Here
+the kept softmax ``slope p`` is summed, tile by tile: over a tile's slots, for each token, of all
+pairs (``kept_mass``) and of those entries that dC has (``entry_mass``); over a pair's tokens, of
+what is no entry (into ``column_mass``, in place of the mark KEPT).
+
+**Cost.** 2 flop a (pair, token, dimension), and 2 bytes written a (pair, token).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from crosscut.kernels.kept_pairs import KeptPairs
+from crosscut.kernels.softmax_gradient import Tokens
+from crosscut.kernels.tiles import (
+    LOG2_E,
+    Head,
+    Tiles,
+    class_product_tile,
+    column_part,
+    descriptor,
+    logits_of,
+    num_programs,
+)
+
+ENTRY = tl.constexpr(2.0**-13)
+
+
+class PairGradient(NamedTuple):
+    """dz of the kept pairs, and sums of the kept softmax by tile of slots. Float32 but for dz."""
+
+    dz: Tensor  # [slots, BLOCK_N]
+    num_entries: Tensor  # [slots] int32; 0 in popular classes
+    kept_mass: Tensor  # [slot tiles, BLOCK_N]
+    entry_mass: Tensor  # [slot tiles, BLOCK_N]
+    rest: Tensor  # [slots], mass of a pair that is in no entry; 0 in popular classes
+
+
+@triton.jit
+def is_entry_of(dz, d_lse, is_target):
+    """Whether an element of dz, as stored, is an entry of dC."""
+    return (tl.abs(dz) > ENTRY * tl.abs(d_lse)) | is_target
+
+
+@triton.jit
+def pair_gradient_kernel(
+    num_rows_ptr,
+    hidden_ptr,
+    hidden_desc,
+    labels_ptr,
+    vectors_ptr,  # [N, 4]
+    classifier_ptr,
+    bias_ptr,
+    columns_ptr,
+    cell_start_ptr,
+    popular_rank_ptr,
+    column_mass_ptr,
+    dz_ptr,
+    num_entries_ptr,
+    kept_mass_ptr,
+    entry_mass_ptr,
+    rest_ptr,
+    num_blocks,
+    cells,
+    num_classes,
+    hidden_size,
+    stride_v,
+    stride_d,
+    logit_scale,
+    softcap,
+    drop_below,
+    TILE: tl.constexpr,
+):
+    BLOCK_N: tl.constexpr = TILE[0]
+    SLOTS: tl.constexpr = TILE[1]
+    PARTS: tl.constexpr = 4 if SLOTS == 256 else 1  # a whole tile of 256 does not fit in registers
+    num_rows = tl.load(num_rows_ptr)
+    blocks = tl.cdiv(tl.maximum(num_rows, 0), BLOCK_N)
+    most_tiles = 0
+    for block in range(blocks):
+        start = cell_start_ptr + block * (cells + 1)
+        pairs = tl.load(start + cells) - tl.load(start)
+        most_tiles = tl.maximum(most_tiles, tl.cdiv(pairs, SLOTS))
+
+    for index in range(tl.program_id(0), most_tiles * blocks, tl.num_programs(0)):
+        block = index % blocks
+        first_slot = tl.load(cell_start_ptr + block * (cells + 1)) + index // blocks * SLOTS
+        end_slot = tl.load(cell_start_ptr + block * (cells + 1) + cells)
+        if first_slot < end_slot:
+            slots = first_slot + tl.arange(0, SLOTS)  # [SLOTS]
+            classes = tl.load(columns_ptr + slots)
+            rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+            product = class_product_tile(
+                hidden_ptr, hidden_desc, classifier_ptr, None, rows.to(tl.int64), block * BLOCK_N,
+                classes, 0, hidden_size, stride_v, stride_d, False, TILE,
+            )  # fmt: skip
+
+            bias = None
+            if bias_ptr is not None:
+                bias = tl.load(bias_ptr + classes).to(tl.float32)[:, None]
+            popular = tl.load(popular_rank_ptr + classes) >= 0
+            count = tl.zeros((SLOTS,), tl.int32)
+            rest = tl.zeros((SLOTS,), tl.float32)
+            for part in tl.static_range(PARTS):
+                tokens = block * BLOCK_N + part * (BLOCK_N // PARTS)
+                tokens += tl.arange(0, BLOCK_N // PARTS)
+                valid = tokens < num_rows
+                vectors = vectors_ptr + tokens * 4
+                lse = tl.load(vectors, mask=valid, other=0.0)
+                d_lse = tl.load(vectors + 1, mask=valid, other=0.0)[None, :]
+                d_target = tl.load(vectors + 2, mask=valid, other=0.0)[None, :]
+                target = tl.load(labels_ptr + tokens, mask=valid, other=-1)
+                z = product  # [SLOTS, BLOCK_N / PARTS]
+                if PARTS > 1:
+                    z = column_part(product, part, PARTS, SLOTS, BLOCK_N)
+                z = logits_of(z, bias, logit_scale, softcap)
+                p = tl.exp2((z - lse[None, :]) * LOG2_E)
+                inside = valid[None, :] & (slots < end_slot)[:, None]
+                p = tl.where(inside, p, 0.0)
+                is_target = (classes[:, None] == target[None, :]) & inside
+                at_target = tl.where(is_target, d_target, 0.0)
+                if softcap is not None:
+                    z *= 1 / softcap
+                    slope = 1 - z * z
+                    at_target *= slope
+                    p *= slope
+                dz = (d_lse * p + at_target).to(dz_ptr.dtype.element_ty)
+                in_block = part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
+                place = slots.to(tl.int64)[:, None] * BLOCK_N + in_block[None, :]
+                tl.store(dz_ptr + place, dz)
+
+                sums = first_slot // SLOTS * BLOCK_N + in_block
+                tl.store(kept_mass_ptr + sums, tl.sum(p, 0))
+                is_entry = is_entry_of(dz.to(tl.float32), d_lse, is_target) | popular[:, None]
+                count += tl.sum(is_entry.to(tl.int32), 1)
+                rest += tl.sum(tl.where(is_entry, 0.0, p), 1)
+                tl.store(entry_mass_ptr + sums, tl.sum(tl.where(is_entry, p, 0.0), 0))
+
+            tl.store(num_entries_ptr + slots, tl.where(popular, 0, count))
+            rest /= drop_below
+            tl.store(rest_ptr + slots, rest)
+            mass = column_mass_ptr + block * tl.cast(num_classes, tl.int64) + classes
+            rest = rest.to(column_mass_ptr.dtype.element_ty)
+            tl.store(mass, rest, mask=slots < end_slot)
+
+
+def pair_gradient(
+    head: Head,
+    tokens: Tokens,
+    pairs: KeptPairs,
+    column_mass: Tensor,
+    tiles: Tiles,
+    *,
+    drop_below: float,
+) -> PairGradient:
+    """dz of every kept pair, and the sums of what is left. Nothing if ``tokens.num_rows < 0``.
+
+    Args:
+        head: the head; of its hidden states those in ``tokens`` are used.
+        tokens: those that take part, side by side, up to a multiple of BLOCK_N.
+        pairs: lists with a multiple of BLOCK_V slots a block.
+        column_mass: [blocks, V], 0 in place of KEPT; gets the rest of each pair whose class is not
+            popular.
+        tiles: BLOCK_N tokens x BLOCK_V slots, in steps of BLOCK_D dimensions.
+        drop_below: unit of ``column_mass`` and ``rest``.
+    """
+    num_slots, device = len(pairs.columns), column_mass.device
+    slot_tiles = num_slots // tiles.block_v
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    found = PairGradient(
+        dz=torch.empty(num_slots, tiles.block_n, dtype=head.hidden.dtype, device=device),
+        num_entries=torch.zeros(num_slots, dtype=torch.int32, device=device),
+        kept_mass=new(slot_tiles, tiles.block_n),
+        entry_mass=new(slot_tiles, tiles.block_n),
+        rest=new(num_slots),
+    )
+    pair_gradient_kernel[(num_programs(device),)](
+        tokens.num_rows,
+        tokens.hidden,
+        descriptor(tokens.hidden, (tiles.block_n, tiles.block_d), tiles),
+        tokens.labels,
+        tokens.vectors,
+        head.classifier,
+        head.bias,
+        pairs.columns,
+        pairs.cell_start,
+        pairs.popular_rank,
+        column_mass,
+        *found,
+        *column_mass.shape[:1],
+        pairs.cell_start.shape[1] - 1,
+        len(head.classifier),
+        head.hidden.shape[1],
+        *head.classifier.stride(),
+        head.logit_scale,
+        head.softcap,
+        drop_below,
+        TILE=tiles.constants,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    return found
+
+
+@triton.jit
+def tail_kernel(
+    num_rows_ptr,
+    vectors_ptr,
+    slope_mean_ptr,
+    cell_start_ptr,
+    tail_ptr,
+    kept_mass_ptr,
+    entry_mass_ptr,
+    rest_ptr,
+    for_hidden_ptr,
+    for_classifier_ptr,
+    cells,
+    BLOCK_N: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Program b owns the tokens of block b."""
+    block = tl.program_id(0)
+    num_rows = tl.load(num_rows_ptr)
+    in_block = tl.arange(0, BLOCK_N)
+    tokens = block * BLOCK_N + in_block
+    start = tl.load(cell_start_ptr + block * (cells + 1))
+    pairs = tl.load(cell_start_ptr + block * (cells + 1) + cells) - start
+    if block * BLOCK_N >= num_rows:
+        pairs = 0
+    kept = tl.zeros((BLOCK_N,), tl.float32)
+    entered = tl.zeros((BLOCK_N,), tl.float32)
+    rest = 0.0
+    for tile in range(start // SLOTS, start // SLOTS + tl.cdiv(pairs, SLOTS)):
+        kept += tl.load(kept_mass_ptr + tile * BLOCK_N + in_block)
+        entered += tl.load(entry_mass_ptr + tile * BLOCK_N + in_block)
+        rest += tl.sum(tl.load(rest_ptr + tile * SLOTS + tl.arange(0, SLOTS)), 0)
+    tail = tl.load(tail_ptr + block)
+    valid = tokens < num_rows
+    d_lse = tl.load(vectors_ptr + tokens * 4 + 1, mask=valid, other=0.0)
+    mass = tl.full((BLOCK_N,), 1.0, tl.float32)
+    if slope_mean_ptr is not None:
+        mass = tl.load(slope_mean_ptr + tokens, mask=valid, other=0.0)
+    # Where nothing is left there is nothing to stand for.
+    left = d_lse * tl.maximum(mass - kept, 0.0) / tl.where(tail > 0, tail, float("inf"))
+    tl.store(for_hidden_ptr + tokens, tl.where(valid, left, 0.0))
+    tail += rest
+    left = d_lse * tl.maximum(mass - entered, 0.0) / tl.where(tail > 0, tail, float("inf"))
+    tl.store(for_classifier_ptr + tokens, tl.where(valid, left, 0.0))
+
+
+def tail_of_tokens(
+    tokens: Tokens,
+    slope_mean: Tensor | None,
+    pairs: KeptPairs,
+    gradient: PairGradient,
+    tiles: Tiles,
+) -> tuple[Tensor, Tensor]:
+    """What stands for the tail, ``x[n] * column_mass[b, v]``: ``x`` for dH, and for dC.
+
+    Both [blocks * BLOCK_N] float32, 0 past the last token: ``d_lse`` times the token's mass that is
+    in no kept pair, or in no entry, over the sum of the column masses that go with it.
+    """
+    blocks, cells = len(pairs.tail), pairs.cell_start.shape[1] - 1
+    out = torch.empty(2, blocks * tiles.block_n, dtype=torch.float32, device=pairs.tail.device)
+    tail_kernel[(blocks,)](
+        tokens.num_rows, tokens.vectors, slope_mean, pairs.cell_start, pairs.tail,
+        gradient.kept_mass, gradient.entry_mass, gradient.rest, out[0], out[1], cells,
+        BLOCK_N=tiles.block_n, SLOTS=tiles.block_v,
+    )  # fmt: skip
+    return out[0], out[1]

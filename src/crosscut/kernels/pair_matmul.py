@@ -1,0 +1,251 @@
+"""The products of Algorithm 3 over kept pairs: dH, and the popular classes' rows of dC.
+
+With ``dz`` [slots, BLOCK_N] as :mod:`.pair_gradient` stores it,
+
+    dH[n]   = scale * (sum_slot dz[slot, n] C[columns[slot]]  +  x[n] u[b])      n in block b
+    dC[v]   = scale * sum_b (sum_n dz[slot(b, v), n] H[n]     or  column_mass[b, v] w[b])
+
+the second term being the tail's: ``x`` [N] what stands for it by token, ``u[b] = sum_v
+column_mass[b, v] C[v]`` and ``w[b] = sum_n x'[n] H[n]`` by block.
+
+                 C[columns]  [slots of b, D]                     H  [N, D]
+                +-----+-----+                                  +-----+-----+
+                |     |#####|  STEP x BLOCK_D                  |     |#####|  STEP x BLOCK_D
+                +-----+-----+                                  +-----+-----+
+    dz^T        dH [block b, D]                 dz[slot(:, v)] dC [popular, D]
+    +-----+     +-----+-----+                   +-----+-----+  +-----+-----+
+    |#####| --> |     |     |                   |#####|     |->|     |     |
+    +-----+     +-----+-----+                   +-----+-----+  +-----+-----+
+
+**Who owns what.** One program a multiprocessor; program i of P owns tiles i, i + P, ... of the
+result, the same dimensions of all blocks first: what runs at once gathers from few columns of C.
+Every row of dH, and every popular row of dC, is written once. Sums are in one order.
+
+**Cost.** 2 flop a (pair, token, dimension), for dC also where a block does not keep the class.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from crosscut.kernels.kept_pairs import MOST_POPULAR, KeptPairs
+from crosscut.kernels.softmax_gradient import Tokens
+from crosscut.kernels.tiles import Tiles, column_part, descriptor, dot_tile, num_programs
+
+
+@triton.jit
+def hidden_rows_kernel(
+    num_rows_ptr,
+    rows_ptr,
+    dz_ptr,
+    dz_desc,
+    classifier_ptr,
+    columns_ptr,
+    cell_start_ptr,
+    tail_ptr,  # [N]
+    tail_row_ptr,  # [blocks, D]
+    scale_ptr,
+    out_ptr,
+    cells,
+    hidden_size,
+    stride_v,
+    stride_d,
+    TILE: tl.constexpr,
+):
+    BLOCK_N: tl.constexpr = TILE[0]
+    BLOCK_D: tl.constexpr = TILE[1]
+    STEP: tl.constexpr = TILE[2]
+    PRECISION: tl.constexpr = TILE[3]
+    num_rows = tl.load(num_rows_ptr)
+    blocks = tl.cdiv(tl.maximum(num_rows, 0), BLOCK_N)
+    d_tiles = tl.cdiv(hidden_size, BLOCK_D)
+    for index in range(tl.program_id(0), blocks * d_tiles, tl.num_programs(0)):
+        block = index % blocks
+        d = index // blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+        d_inside = (d < hidden_size)[None, :]
+        start = tl.load(cell_start_ptr + block * (cells + 1))
+        end = tl.load(cell_start_ptr + block * (cells + 1) + cells)
+        total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        classifier_columns = classifier_ptr + d.to(tl.int64)[None, :] * stride_d
+        for slot in range(start, end, STEP):
+            slots = slot + tl.arange(0, STEP)
+            if dz_desc is not None:
+                dz = dz_desc.load([slot, 0])
+            else:
+                in_block = tl.arange(0, BLOCK_N)
+                dz = tl.load(dz_ptr + slots.to(tl.int64)[:, None] * BLOCK_N + in_block[None, :])
+            classes = tl.load(columns_ptr + slots).to(tl.int64)
+            place = classifier_columns + classes[:, None] * stride_v
+            c = tl.load(place, mask=d_inside, other=0.0)  # [STEP, BLOCK_D]
+            total = dot_tile(dz.T, c, total, PRECISION)
+
+        tokens = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        valid = tokens < num_rows
+        rows = tl.load(rows_ptr + tokens, mask=valid, other=0).to(tl.int64)
+        tail = tl.load(tail_ptr + tokens)
+        for part in tl.static_range(4):
+            d = index // blocks * BLOCK_D + part * (BLOCK_D // 4) + tl.arange(0, BLOCK_D // 4)
+            d_inside = d < hidden_size
+            value = column_part(total, part, 4, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D / 4]
+            tail_row = tl.load(tail_row_ptr + block * hidden_size + d, mask=d_inside, other=0.0)
+            value = (value + tail[:, None] * tail_row[None, :]) * tl.load(scale_ptr)
+            place = out_ptr + rows[:, None] * hidden_size + d[None, :]
+            inside = valid[:, None] & d_inside[None, :]
+            tl.store(place, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def hidden_rows(
+    out: Tensor,
+    tokens: Tokens,
+    rows: Tensor,
+    dz: Tensor,
+    classifier: Tensor,
+    pairs: KeptPairs,
+    tail: tuple[Tensor, Tensor],
+    scale: Tensor,
+    tiles: Tiles,
+) -> None:
+    """Fill the rows of ``out`` [N, D] that take part. Nothing if ``tokens.num_rows < 0``.
+
+    Args:
+        out: [N, D], contiguous.
+        tokens: those that take part.
+        rows: their positions, [N] int32.
+        dz: [slots, BLOCK_N], zeros in the padding.
+        classifier: [V, D].
+        pairs: the lists; a block's slots are a multiple of BLOCK_D (the step).
+        tail: [N] float32 by token and [blocks, D] float32 by block.
+        scale: [1] float32.
+        tiles: BLOCK_N tokens x BLOCK_V dimensions, in steps of BLOCK_D slots.
+    """
+    hidden_rows_kernel[(num_programs(out.device),)](
+        tokens.num_rows,
+        rows,
+        dz,
+        descriptor(dz, (tiles.block_d, tiles.block_n), tiles),
+        classifier,
+        pairs.columns,
+        pairs.cell_start,
+        *tail,
+        scale,
+        out,
+        pairs.cell_start.shape[1] - 1,
+        out.shape[1],
+        *classifier.stride(),
+        TILE=tiles.constants,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+
+
+@triton.jit
+def popular_rows_kernel(
+    num_rows_ptr,
+    hidden_ptr,
+    hidden_desc,
+    dz_ptr,
+    popular_ptr,
+    popular_count_ptr,
+    popular_slot_ptr,
+    column_mass_ptr,
+    tail_row_ptr,  # [blocks, D]
+    scale_ptr,
+    out_ptr,
+    most_popular,
+    num_blocks,
+    num_classes,
+    hidden_size,
+    BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    BLOCK_V: tl.constexpr = TILE[0]
+    BLOCK_D: tl.constexpr = TILE[1]
+    STEP: tl.constexpr = TILE[2]
+    PRECISION: tl.constexpr = TILE[3]
+    STEPS: tl.constexpr = BLOCK_N // STEP
+    num_rows = tl.load(num_rows_ptr)
+    blocks = tl.cdiv(tl.maximum(num_rows, 0), BLOCK_N)
+    d_tiles = tl.cdiv(hidden_size, BLOCK_D)
+    count = tl.load(popular_count_ptr)
+    tiles = tl.where(num_rows < 0, 0, tl.cdiv(count, BLOCK_V) * d_tiles)
+    for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        rank = index // d_tiles * BLOCK_V + tl.arange(0, BLOCK_V)
+        first_d = index % d_tiles * BLOCK_D
+        d = first_d + tl.arange(0, BLOCK_D)
+        classes = tl.load(popular_ptr + rank, mask=rank < count, other=0).to(tl.int64)
+        total = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
+        for step in range(0, blocks * STEPS):
+            block = step // STEPS
+            slot = tl.load(
+                popular_slot_ptr + block * most_popular + rank, mask=rank < count, other=-1
+            )
+            in_block = step % STEPS * STEP + tl.arange(0, STEP)
+            place = dz_ptr + slot.to(tl.int64)[:, None] * BLOCK_N + in_block[None, :]
+            dz = tl.load(place, mask=(slot >= 0)[:, None], other=0.0)  # [BLOCK_V, STEP]
+            if hidden_desc is not None:
+                h = hidden_desc.load([step * STEP, first_d])
+            else:
+                place = hidden_ptr + (step * STEP + tl.arange(0, STEP)).to(tl.int64)[:, None] * (
+                    hidden_size
+                )
+                h = tl.load(place + d[None, :], mask=(d < hidden_size)[None, :], other=0.0)
+            total = dot_tile(dz, h, total, PRECISION)
+        for first in range(0, num_blocks, STEP):
+            block = first + tl.arange(0, STEP)
+            place = column_mass_ptr + block.to(tl.int64)[None, :] * num_classes + classes[:, None]
+            inside = (block < num_blocks)[None, :] & (rank < count)[:, None]
+            mass = tl.load(place, mask=inside, other=0.0)  # [BLOCK_V, STEP]
+            place = tail_row_ptr + block[:, None] * hidden_size + d[None, :]
+            inside = (block < num_blocks)[:, None] & (d < hidden_size)[None, :]
+            row = tl.load(place, mask=inside, other=0.0)  # [STEP, BLOCK_D]
+            total = dot_tile(mass, row, total, PRECISION)
+
+        for part in tl.static_range(4):
+            d = first_d + part * (BLOCK_D // 4) + tl.arange(0, BLOCK_D // 4)
+            value = column_part(total, part, 4, BLOCK_V, BLOCK_D) * tl.load(scale_ptr)
+            place = out_ptr + classes[:, None] * hidden_size + d[None, :]
+            inside = (rank < count)[:, None] & (d < hidden_size)[None, :]
+            tl.store(place, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def popular_rows(
+    out: Tensor,
+    tokens: Tokens,
+    dz: Tensor,
+    pairs: KeptPairs,
+    tail: tuple[Tensor, Tensor],
+    scale: Tensor,
+    tiles: Tiles,
+) -> None:
+    """Fill the rows of ``out`` [V, D] of popular classes. Nothing if ``tokens.num_rows < 0``.
+
+    Args:
+        out: [V, D], contiguous.
+        tokens: those that take part, zeros up to a multiple of BLOCK_N.
+        dz: [slots, BLOCK_N].
+        pairs: the lists.
+        tail: column masses [blocks, V] and rows ``w`` [blocks, D], in the dtype of ``dz``.
+        scale: [1] float32.
+        tiles: BLOCK_N classes x BLOCK_V dimensions, in steps of BLOCK_D tokens.
+    """
+    popular_rows_kernel[(num_programs(out.device),)](
+        tokens.num_rows,
+        tokens.hidden,
+        descriptor(tokens.hidden, (tiles.block_d, tiles.block_v), tiles),
+        dz,
+        pairs.popular,
+        pairs.popular_count,
+        pairs.popular_slot,
+        *tail,
+        scale,
+        out,
+        MOST_POPULAR,
+        len(tail[0]),
+        *out.shape,
+        BLOCK_N=dz.shape[1],
+        TILE=tiles.constants,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
