@@ -67,6 +67,7 @@ def main(target: str, dtype_name: str) -> None:
 
 
 def launch_everything(dtype: torch.dtype, choose: Any) -> None:
+    from crosscut.kernels.exact_sweep import SweepOutputs, exact_sweep
     from crosscut.kernels.indexed_matmul import indexed_matmul
     from crosscut.kernels.kept_rows import KeptRows, kept_rows
     from crosscut.kernels.linear_lse import linear_lse
@@ -95,6 +96,10 @@ def launch_everything(dtype: torch.dtype, choose: Any) -> None:
         indexed_matmul(head, labels)
         tiles = choose(Kernel.LSE if w is None else Kernel.WEIGHTED_LSE, hidden)
         linear_lse(head, kept, tiles, logit_weight=w)
+        sums = None if b is None else torch.zeros(v)
+        out = SweepOutputs(torch.zeros(n, d), torch.empty_like(classifier), sums)
+        tiles = choose(Kernel.GRADIENT, hidden), choose(Kernel.MATMUL, hidden)
+        exact_sweep(head, w, tokens, out, dz, torch.ones(1), *tiles)
         chunk, options = HeadChunk(0, classifier, b, w), {"logit_scale": 1.0, "softcap": softcap}
         softmax_gradient(dz, tokens, chunk, choose(Kernel.GRADIENT, hidden), **options)
         tiles = choose(Kernel.FILTER, hidden)

@@ -41,7 +41,6 @@ from crosscut.kernels.pair_gradient import PairGradient, is_entry_of
 from crosscut.kernels.softmax_gradient import Tokens
 from crosscut.kernels.tiles import Tiles, dot_tile
 
-
 LIST_SLOTS = 8
 
 

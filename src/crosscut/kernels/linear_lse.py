@@ -26,12 +26,12 @@ combines a token's slices in order. No atomics: reruns are bitwise equal.
 **Cost.** 2NVD flop. C is read once a group of tokens, H once. Workspace: 8 bytes a (token, slice),
 and there are few slices when there are many tokens: at most 1 KiB for each program and group.
 
-**Column masses.** The same exponentials, summed over a tile's tokens instead of its classes, are the
-mass of a column of the softmax in that tile of tokens. The log-sum-exp is not known yet; the mass is
-taken relative to the larger of its running value and a lower bound given before (``reference``),
-and is rather too large. Where asked for the masses are stored, or KEPT in place of those that reach
-``drop_below``. With a softcap every exponential counts times its slope ``1 - (z / softcap)^2``, as
-in the gradient.
+**Column masses.** The same exponentials, summed over a tile's tokens instead of its classes, are
+the mass of a column of the softmax in that tile of tokens. The log-sum-exp is not known yet: the
+mass is taken relative to the larger of its running value and a lower bound given before
+(``reference``), and is rather too large. Where asked for, the masses are stored, or KEPT in place
+of those that reach ``drop_below``. With a softcap every exponential counts times its slope,
+``1 - (z / softcap)^2``, as in the gradient.
 
 **Numerics.** Sums, maxima and exponentials in float32. A column of -inf adds nothing;
 a NaN reaches the result.

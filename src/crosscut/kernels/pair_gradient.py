@@ -174,7 +174,7 @@ def pair_gradient(
     *,
     drop_below: float,
 ) -> PairGradient:
-    """dz of every kept pair, and the sums of what is left. Nothing if ``tokens.num_rows < 0``.
+    """Dz of every kept pair, and the sums of what is left. Nothing if ``tokens.num_rows < 0``.
 
     Args:
         head: the head; of its hidden states those in ``tokens`` are used.

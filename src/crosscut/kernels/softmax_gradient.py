@@ -113,6 +113,7 @@ def softmax_gradient_kernel(
     alive_ptr,
     num_tokens,
     first_label,
+    begin,
     num_classes,
     hidden_size,
     stride_v,
@@ -127,7 +128,7 @@ def softmax_gradient_kernel(
     BLOCK_V: tl.constexpr = TILE[1]
     num_rows = tl.load(num_rows_ptr)
     token_tiles = tl.cdiv(tl.maximum(num_rows, 0), BLOCK_N)
-    class_tiles = tl.cdiv(num_classes, BLOCK_V)
+    class_tiles = tl.cdiv(num_classes - begin, BLOCK_V)
     groups = tl.cdiv(token_tiles, most_tiles)
     group = tl.cdiv(token_tiles, tl.maximum(groups, 1))
 
@@ -135,7 +136,7 @@ def softmax_gradient_kernel(
         start = index // (group * class_tiles) * group
         in_group = index - start * class_tiles
         height = tl.minimum(group, token_tiles - start)
-        first_class = in_group // height * BLOCK_V
+        first_class = begin + in_group // height * BLOCK_V
         tile = start + in_group % height
         tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         rows = tl.minimum(tokens, num_rows - 1).to(tl.int64)
@@ -168,8 +169,9 @@ def softmax_gradient_kernel(
                     place = alive_ptr + tile * columns + column
                     tl.store(place, alive.to(tl.int8), mask=column < columns)
                     alive = 0
-            place = dz_ptr + tokens.to(tl.int64)[:, None] * stride_dz + classes[None, :]
-            mask = (tokens < num_tokens)[:, None] & (classes < num_classes)[None, :]
+            column = classes - begin
+            place = dz_ptr + tokens.to(tl.int64)[:, None] * stride_dz + column[None, :]
+            mask = (tokens < num_tokens)[:, None] & (column < stride_dz)[None, :]
             dz = tl.where(inside, dz, 0.0).to(dz_ptr.dtype.element_ty)
             tl.store(place, dz, mask=mask)
 
@@ -186,8 +188,9 @@ def softmax_gradient(
 ) -> None:
     """Fill the first R rows of ``dz`` [N, chunk], and those of R's tile with zeros.
 
-    ``dz`` has contiguous rows, in any float dtype. It is the gradient of the logits before the
-    softcap and after the scale. ``alive`` [token tiles, class tiles] int8 or None: 1 for each tile
+    ``dz`` has contiguous rows, in any float dtype. Columns past ``chunk`` that share a tile with it
+    get zeros too, as far as the row goes. It is the gradient of the logits before the softcap and
+    after the scale. ``alive`` [token tiles, class tiles] int8 or None: 1 for each tile
     of BLOCK_N x FILTER_V that the filter keeps; tiles of tokens past R are left as they were.
     """
     softmax_gradient_kernel[(num_programs(dz.device),)](
@@ -204,6 +207,7 @@ def softmax_gradient(
         alive,
         len(dz),
         chunk.first,
+        0,
         *chunk.classifier.shape,
         *chunk.classifier.stride(),
         dz.stride(0),

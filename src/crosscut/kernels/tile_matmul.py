@@ -89,7 +89,9 @@ def tile_matmul_kernel(
     num_rows_ptr,
     scale_ptr,
     out_rows_ptr,
+    row_sum_ptr,
     out_ptr,
+    begin,
     num_classes,
     hidden_size,
     most_live,
@@ -126,6 +128,7 @@ def tile_matmul_kernel(
             steps = tl.load(live_count_ptr + first_m // LIVE_TILE)
 
         total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        row_sum = tl.zeros((BLOCK_M,), tl.float32)
         for step in range(0, steps):
             first_k = step * BLOCK_K
             if live_count_ptr is not None:
@@ -144,16 +147,20 @@ def tile_matmul_kernel(
                 else:
                     place = m.to(tl.int64)[:, None] * stride_left + k[None, :]
                 left = tl.load(left_ptr + place, mask=inside, other=0.0)
+            if row_sum_ptr is not None:
+                row_sum += tl.sum(left.to(tl.float32), 1)
             # [BLOCK_K, BLOCK_D]
             if right_desc is not None:
-                right = right_desc.load([first_k, first_d])
+                right = right_desc.load([begin + first_k, first_d])
             else:
                 inside = (k < k_size)[:, None] & (d < hidden_size)[None, :]
-                place = k.to(tl.int64)[:, None] * stride_right
+                place = (begin + k).to(tl.int64)[:, None] * stride_right
                 place += d.to(tl.int64)[None, :] * stride_right_d
                 right = tl.load(right_ptr + place, mask=inside, other=0.0)
             total = dot_tile(left, right, total, PRECISION)
 
+        if row_sum_ptr is not None:
+            tl.store(row_sum_ptr + m, row_sum, mask=(m < m_size) & (first_d == 0))
         rows = m.to(tl.int64)
         if out_rows_ptr is not None:
             rows = tl.load(out_rows_ptr + m, mask=m < m_size, other=0)
@@ -192,7 +199,9 @@ def _launch(
         num_rows,
         scale,
         out_rows,
+        None,
         out,
+        0,
         dz.shape[1],
         right.shape[1],
         0 if live is None else live.columns.shape[1],

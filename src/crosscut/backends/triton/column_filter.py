@@ -14,8 +14,8 @@ DROP_BELOW = 2.0**-12
 MAX_TAIL = 1 / 80
 """Mean mass of a token's tail beyond which nothing is left out, under ``auto``."""
 
-MOST_KEPT = 1 / 24
-"""Share of the pairs (block of tokens, class) that there is room for, if they are many."""
+MOST_KEPT = 3 * 2**12
+"""Pairs (block of tokens, class) of a block that there is room for, on average."""
 
 ENTRIES_PER_TOKEN = 256
 """Entries of dC that there is room for."""
@@ -43,6 +43,5 @@ def token_blocks(problem: HeadProblem) -> int:
 
 
 def most_pairs(problem: HeadProblem) -> int:
-    """How many kept pairs there is room for: all of a small head's."""
-    pairs = token_blocks(problem) * len(problem.classifier)
-    return min(pairs, max(2**16, int(MOST_KEPT * pairs)))
+    """How many kept pairs there is room for."""
+    return token_blocks(problem) * min(MOST_KEPT, len(problem.classifier))

@@ -9,7 +9,7 @@ from crosscut.backends.protocol import HeadProblem, Statistics
 from crosscut.backends.triton.column_filter import DROP_BELOW, block_tokens
 from crosscut.kernels.indexed_matmul import indexed_matmul
 from crosscut.kernels.kept_pairs import keep_labels
-from crosscut.kernels.kept_rows import KeptRows, kept_rows
+from crosscut.kernels.kept_rows import kept_rows
 from crosscut.kernels.linear_lse import linear_lse
 from crosscut.kernels.move_rows import move_rows
 from crosscut.kernels.tiles import Head, Kernel, choose_tiles

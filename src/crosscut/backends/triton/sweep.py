@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from crosscut.backends.protocol import Cotangents, Gradients, HeadProblem, Statistics
+from crosscut.kernels.exact_sweep import SweepOutputs, exact_sweep
 from crosscut.kernels.kept_rows import KeptRows, kept_rows
 from crosscut.kernels.move_rows import move_rows
 from crosscut.kernels.softmax_gradient import HeadChunk, Tokens, softmax_gradient
@@ -35,7 +36,7 @@ from crosscut.kernels.tile_matmul import (
     classifier_gradient,
     live_tiles,
 )
-from crosscut.kernels.tiles import Kernel, Tiles, choose_tiles, num_programs
+from crosscut.kernels.tiles import Head, Kernel, Tiles, choose_tiles, num_programs
 from crosscut.options import workspace_limit
 
 MOST_CLASSES = 2**17
@@ -51,24 +52,64 @@ class KeptTokens(NamedTuple):
     scale: Tensor  # [1], what a product of lifted gradients is multiplied by
 
 
-def sweep(problem: HeadProblem, side_by_side: KeptTokens, out: Gradients) -> None:
+def sweep(problem: HeadProblem, together: KeptTokens, out: Gradients) -> None:
     """Fill ``out``: the exact gradient, or the paper's filtered one under a ``cce`` policy.
 
-    Nothing is done where ``side_by_side.tokens.num_rows`` is negative.
+    Nothing is done where ``together.tokens.num_rows`` is negative.
     """
-    one = _Sweep(problem, side_by_side, out)
-    for first in range(0, len(problem.classifier), one.width):
-        one.visit(slice(first, first + one.width))
-    one.finish()
+    alone = out.bias is not None and out.classifier is None  # the sums over tokens come with dC
+    if problem.options.policy.startswith("cce") or alone:
+        chunks = _Chunks(problem, together, out)
+        for first in range(0, len(problem.classifier), chunks.width):
+            chunks.visit(slice(first, first + chunks.width))
+        d_hidden = chunks.d_hidden
+    else:
+        d_hidden = _sweep_at_once(problem, together, out)
+    if out.hidden is not None and d_hidden is not None:
+        move_rows(
+            out.hidden, d_hidden, together.kept.place, together.scale, together.tokens.num_rows
+        )
 
 
-class _Sweep:
-    """One pass over the vocabulary."""
+def _sweep_at_once(problem: HeadProblem, together: KeptTokens, out: Gradients) -> Tensor | None:
+    """The exact gradients but for dH, which is returned, side by side."""
+    hidden, bias, weight = problem.hidden, problem.bias, problem.logit_weight
+    gradient, matmul = choose_tiles(Kernel.GRADIENT, hidden), choose_tiles(Kernel.MATMUL, hidden)
+    _, tokens, lift, scale = together
+    d_hidden = class_sum = None
+    if out.hidden is not None:
+        d_hidden = torch.zeros_like(tokens.hidden, dtype=torch.float32)
+    if out.bias is not None:
+        class_sum = torch.empty_like(out.bias, dtype=torch.float32)
+    dz = _workspace(problem, _chunk_width(problem, gradient, matmul))
+    exact_sweep(
+        Head(
+            hidden, problem.classifier, None if bias is None else bias.contiguous(),
+            problem.options.logit_scale, problem.options.softcap,
+        ),
+        None if weight is None else weight.contiguous(),
+        tokens, SweepOutputs(d_hidden, out.classifier, class_sum), dz, scale, gradient, matmul,
+    )  # fmt: skip
+    if out.bias is not None and class_sum is not None:
+        out.bias.copy_(class_sum / lift)
+    return d_hidden
 
-    def __init__(self, problem: HeadProblem, side_by_side: KeptTokens, out: Gradients) -> None:
+
+def _workspace(problem: HeadProblem, width: int) -> Tensor:
+    """For dz of a chunk: whole tiles of tokens, zeros past the last."""
+    num_tokens = len(problem.hidden)
+    dz = problem.hidden.new_empty(math.ceil(num_tokens / TILE) * TILE, width)
+    dz[num_tokens:] = 0
+    return dz
+
+
+class _Chunks:
+    """One pass over the vocabulary, chunk by chunk."""
+
+    def __init__(self, problem: HeadProblem, together: KeptTokens, out: Gradients) -> None:
         hidden, policy = problem.hidden, problem.options.policy
-        self.problem, self.policy, self.out = problem, policy, out
-        self.kept, self.tokens, self.lift, self.scale = side_by_side
+        self.problem, self.policy = problem, policy
+        _, self.tokens, self.lift, self.scale = together
         self.filtered = policy.startswith("cce")
         # The gradient of a logit sum is spread over every logit: then no tile is dead.
         self.drops = self.filtered and problem.logit_weight is None
@@ -91,10 +132,9 @@ class _Sweep:
             self.d_hidden = torch.zeros_like(self.tokens.hidden, dtype=total)
         self.d_classifier, self.d_bias = out.classifier, out.bias
         self.width = _chunk_width(problem, self.gradient, self.matmul)
-        rows = math.ceil(len(hidden) / TILE) * TILE
-        self.workspace = hidden.new_empty(rows, self.width)
-        # A matmul reads whole tiles; the sums over tokens of d_bias read all there is.
-        self.workspace[0 if out.bias is not None else len(hidden) :] = 0
+        self.workspace = _workspace(problem, self.width)
+        if out.bias is not None:
+            self.workspace.zero_()  # its sums are over all rows
 
     def visit(self, classes: slice) -> None:
         """One chunk of classes; every token. Completes the chunk's rows of dC and d_bias."""
@@ -131,13 +171,6 @@ class _Sweep:
                 sums *= alive.repeat_interleave(TILE, 1)[:, : sums.shape[1]]
             d_bias = (sums.sum(0) / self.lift).to(self.d_bias)
             self.d_bias[classes if out_rows is None else out_rows] = d_bias
-
-    def finish(self) -> None:
-        """What only all visits together come to."""
-        if self.d_hidden is not None and self.out.hidden is not None:
-            move_rows(
-                self.out.hidden, self.d_hidden, self.kept.place, self.scale, self.tokens.num_rows
-            )
 
     def _chunk(self, classes: slice) -> tuple[HeadChunk, Tensor | None]:
         """Some classes in order, and which they are unless they are ``classes``."""
@@ -232,4 +265,5 @@ def _chunk_width(problem: HeadProblem, gradient: Tiles, matmul: Tiles) -> int:
         return steps / width
 
     most_tiles = max(1, most // TILE)
-    return min((TILE * n for n in range(most_tiles, most_tiles // 2, -1)), key=time)
+    counts = range(most_tiles, most_tiles // 2, -max(1, most_tiles // 128))
+    return min((TILE * count for count in counts), key=time)

@@ -1,0 +1,194 @@
+"""Algorithm 3 of the paper (arXiv:2411.09009) without its filter, in one launch.
+
+The vocabulary is taken in chunks. For each, as in :mod:`.softmax_gradient` and :mod:`.tile_matmul`,
+
+    dz        = gradient of the chunk's logits [R, chunk]     phase 2 i
+    dH       += dz C[chunk]                                   phase 2 i + 1
+    dC[chunk] = scale * dz^T H                                phase 2 i + 1
+
+**Who owns what.** What those kernels own, which do the work. One program a multiprocessor, launched
+together: between two phases all programs wait for each other, so that ``dz`` is complete before
+anyone multiplies it, and multiplied before anyone overwrites it. That is the only thing programs
+wait for; sums are in one order, and reruns are bitwise equal. One launch, where each chunk had
+three, because the host's time for a launch is more than a small chunk takes, and next to nothing
+where the device finds that there is nothing to do.
+
+**Cost.** 6NVD flop, 2 bytes written and 4 read a (token, class). Workspace: ``dz`` of a chunk, and
+dH in float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from crosscut.kernels.softmax_gradient import Tokens, softmax_gradient_kernel
+from crosscut.kernels.tile_matmul import TILE, tile_matmul_kernel
+from crosscut.kernels.tiles import Head, Tiles, descriptor, num_programs, tiles_in_group
+
+
+@triton.jit
+def wait_for_all(arrived_ptr, count, FENCE: tl.constexpr):
+    """Go on when ``count`` programs have come here, all told; see what they wrote before."""
+    if FENCE:  # TMA reads what ordinary stores wrote
+        tl.inline_asm_elementwise(
+            "fence.proxy.async; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") + 1
+    while arrived < count:
+        arrived = tl.atomic_add(arrived_ptr, 0, sem="acquire")
+    tl.debug_barrier()
+    if FENCE:
+        tl.inline_asm_elementwise(
+            "fence.proxy.async; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def exact_sweep_kernel(
+    num_rows_ptr,
+    hidden_ptr,
+    hidden_desc,
+    hidden_right_desc,
+    labels_ptr,
+    vectors_ptr,
+    classifier_ptr,
+    classifier_desc,
+    classifier_right_desc,
+    bias_ptr,
+    logit_weight_ptr,
+    dz_ptr,
+    dz_left_desc,
+    dz_right_desc,
+    d_hidden_ptr,
+    d_classifier_ptr,
+    class_sum_ptr,
+    scale_ptr,
+    arrived_ptr,
+    first_phase,
+    last_phase,
+    num_tokens,
+    num_classes,
+    width,
+    hidden_size,
+    stride_v,
+    stride_d,
+    logit_scale,
+    softcap,
+    most_tiles,
+    GRADIENT: tl.constexpr,
+    MATMUL: tl.constexpr,
+    LIVE_TILE: tl.constexpr,
+    FENCE: tl.constexpr,
+):
+    stop = tl.where(tl.load(num_rows_ptr) < 0, first_phase, last_phase)
+    for phase in range(first_phase, stop):
+        begin = phase // 2 * width
+        end = tl.minimum(begin + width, num_classes)
+        if phase % 2 == 0:
+            softmax_gradient_kernel(
+                num_rows_ptr, hidden_ptr, hidden_desc, labels_ptr, vectors_ptr, classifier_ptr,
+                classifier_desc, bias_ptr, logit_weight_ptr, dz_ptr, None, num_tokens, 0, begin,
+                end, hidden_size, stride_v, stride_d, width, logit_scale, softcap, most_tiles,
+                GRADIENT,
+            )  # fmt: skip
+        else:
+            if d_hidden_ptr is not None:
+                tile_matmul_kernel(
+                    dz_ptr, dz_left_desc, classifier_ptr, classifier_right_desc, None, None,
+                    num_rows_ptr, None, None, None, d_hidden_ptr, begin, end - begin, hidden_size,
+                    0, width, stride_v, stride_d, False, True, LIVE_TILE, MATMUL,
+                )  # fmt: skip
+            if d_classifier_ptr is not None:
+                sums = None
+                if class_sum_ptr is not None:
+                    sums = class_sum_ptr + begin
+                out = d_classifier_ptr + tl.cast(begin, tl.int64) * hidden_size
+                tile_matmul_kernel(
+                    dz_ptr, dz_right_desc, hidden_ptr, hidden_right_desc, None, None,
+                    num_rows_ptr, scale_ptr, None, sums, out, 0, end - begin, hidden_size,
+                    0, width, hidden_size, 1, True, False, LIVE_TILE, MATMUL,
+                )  # fmt: skip
+        if phase + 1 < stop:
+            wait_for_all(arrived_ptr, (phase + 1 - first_phase) * tl.num_programs(0), FENCE)
+
+
+class SweepOutputs(NamedTuple):
+    """What a sweep fills; None for what is not wanted."""
+
+    d_hidden: Tensor | None  # [N, D] float32, side by side; is added to
+    d_classifier: Tensor | None  # [V, D], contiguous
+    class_sum: Tensor | None  # [V] float32, ``sum_n dz``, with d_classifier
+
+
+def exact_sweep(
+    head: Head,
+    logit_weight: Tensor | None,
+    tokens: Tokens,
+    out: SweepOutputs,
+    dz: Tensor,
+    scale: Tensor,
+    gradient: Tiles,
+    matmul: Tiles,
+) -> None:
+    """The exact gradient of every class. Nothing if ``tokens.num_rows < 0``.
+
+    Args:
+        head: the head; of its hidden states those in ``tokens`` are used.
+        logit_weight: [V] float32, contiguous, or None.
+        tokens: those that take part; finite up to the next multiple of TILE rows of ``dz``.
+        out: what to fill.
+        dz: workspace [multiple of TILE >= N, chunk], chunk a multiple of TILE; zeros past N.
+        scale: [1] float32, for dC.
+        gradient: BLOCK_N tokens x BLOCK_V classes, in steps of BLOCK_D dimensions.
+        matmul: BLOCK_N rows x BLOCK_V dimensions, in steps of BLOCK_D; as many warps.
+    """
+    hidden, classifier, bias, logit_scale, softcap = head
+    programs, width = num_programs(dz.device), dz.shape[1]
+    phases = 2 * triton.cdiv(len(classifier), width)
+    # The interpreter runs program after program, and so has to phase after phase.
+    together = gradient.precision != "upcast"
+    right = (matmul.block_d, matmul.block_v)
+    hidden_desc = descriptor(tokens.hidden, (gradient.block_n, gradient.block_d), gradient)
+    for first in range(0, phases, phases if together else 1):
+        exact_sweep_kernel[(programs,)](
+            tokens.num_rows,
+            tokens.hidden,
+            hidden_desc,
+            descriptor(tokens.hidden, right, matmul),
+            tokens.labels,
+            tokens.vectors,
+            classifier,
+            descriptor(classifier, (gradient.block_v, gradient.block_d), gradient),
+            descriptor(classifier, right, matmul),
+            bias,
+            logit_weight,
+            dz,
+            descriptor(dz, (matmul.block_n, matmul.block_d), matmul),
+            descriptor(dz, (matmul.block_d, matmul.block_n), matmul),
+            *out,
+            scale,
+            torch.zeros(1, dtype=torch.int32, device=dz.device),
+            first,
+            phases if together else first + 1,
+            len(hidden),
+            len(classifier),
+            width,
+            hidden.shape[1],
+            *classifier.stride(),
+            logit_scale,
+            softcap,
+            tiles_in_group(tokens.hidden, gradient),
+            GRADIENT=gradient.constants,
+            MATMUL=matmul.constants,
+            LIVE_TILE=TILE,
+            FENCE=matmul.descriptors and together,
+            num_warps=gradient.num_warps,
+            num_stages=gradient.num_stages,
+            launch_cooperative_grid=together,
+        )
