@@ -12,6 +12,7 @@ from crosscut.functional import (
     explain,
     gradient_sparsity,
     linear_cross_entropy,
+    linear_log_probs,
     token_statistics,
 )
 from crosscut.module import LinearCrossEntropy
@@ -27,6 +28,7 @@ __all__ = [
     "explain",
     "gradient_sparsity",
     "linear_cross_entropy",
+    "linear_log_probs",
     "set_workspace_limit",
     "token_statistics",
     "workspace_limit",

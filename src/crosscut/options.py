@@ -95,6 +95,13 @@ def check_integer(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 
+def check_temperature(temperature: Any) -> None:
+    """Raise unless ``temperature`` is a positive finite number."""
+    _check_number("temperature", temperature, "a positive finite number")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be a positive finite number, got {temperature}")
+
+
 def _check_number(name: str, value: Any, needed: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be {needed}, got {type(value).__name__}")

@@ -19,21 +19,35 @@ from crosscut.tokens import IGNORED
 class TokenStatistics:
     """What a linear head's softmax says of each token, in the shape of the targets.
 
-    All are float32 (float64 for float64 inputs), differentiable, and 0 where the target is
-    ignored.
+    Float32 (float64 for float64 inputs), differentiable, and 0 where the target is ignored, unless
+    said otherwise.
 
     Attributes:
         lse: log-sum-exp of the token's logits, in nats.
         target_logit: logit of the token's target.
+        entropy: of the softmax, ``-sum_v p_v log p_v`` in nats; None unless asked for.
+        argmax: the class of the highest logit, int64, -1 where the target is ignored; None unless
+            ranks were asked for.
+        target_rank: number of classes ahead of the target, int64, the number of all classes where
+            it is ignored; None unless ranks were asked for. Classes are sorted by descending
+            logit, equal ones by index: below k where the target is among the top k.
     """
 
     lse: Tensor
     target_logit: Tensor
+    entropy: Tensor | None = None
+    argmax: Tensor | None = None
+    target_rank: Tensor | None = None
 
     @property
     def log_prob(self) -> Tensor:
         """Log-probability of the target, in nats: ``target_logit - lse``."""
         return self.target_logit - self.lse
+
+    @property
+    def correct(self) -> Tensor | None:
+        """Whether the target is the argmax, bool; None unless ranks were asked for."""
+        return None if self.target_rank is None else self.target_rank == 0
 
 
 def cross_entropy(

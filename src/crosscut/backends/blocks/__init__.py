@@ -26,6 +26,8 @@ class BlocksBackend:
     def why_not(self, problem: HeadProblem) -> str | None:
         if problem.hidden.dtype not in _DTYPES:
             return f"needs bfloat16, float16, float32 or float64, got {problem.hidden.dtype}"
+        if problem.labels.dim() > 1 and problem.options.policy.startswith("cce"):
+            return f"serves one target a token under policy {problem.options.policy!r}"
         return None
 
     def forward(self, problem: HeadProblem, *, for_backward: bool) -> Statistics:
@@ -42,8 +44,11 @@ class BlocksBackend:
 
         return Statistics(
             lse=new(num_tokens),
-            target_logit=new(num_tokens),
+            target_logit=new(*problem.labels.shape),
             logit_sum=new(0 if problem.logit_weight is None else num_tokens),
+            entropy=new(num_tokens if problem.entropy else 0),
+            argmax=problem.labels.new_empty(num_tokens if problem.ranks else 0),
+            target_rank=problem.labels.new_empty(num_tokens if problem.ranks else 0),
             column_mass=new(column_blocks(num_tokens) if filtered else 0, num_classes),
             tail_mass=new(num_tokens if filtered else 0),
         )
@@ -56,7 +61,7 @@ class BlocksBackend:
         return compute_gradients(problem, statistics, cotangents, needs)
 
     def sparsity(self, problem: HeadProblem, statistics: Statistics) -> tuple[float, float]:
-        rows = (problem.labels >= 0).nonzero().squeeze(1)
+        rows = problem.rows
         if not len(rows) or not _filters_columns(problem):
             return 1.0, 0.0
         kept = (statistics.column_mass == KEPT).double().mean(1)[: column_blocks(len(rows))]

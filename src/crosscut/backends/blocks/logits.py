@@ -15,6 +15,9 @@ from torch import Tensor
 
 from crosscut.backends.protocol import HeadProblem
 
+NEGLIGIBLE = -1e4
+"""The logarithm of a softmax that is 0 in every dtype: stands for -inf, where 0 * inf would be."""
+
 
 def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype whose matmul is fast on the device and wide enough for inputs of ``dtype``.
@@ -43,6 +46,46 @@ def take_rows(values: Tensor, rows: Tensor) -> Tensor:
     if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
         return values.narrow(0, int(rows[0]), len(rows))
     return values[rows]
+
+
+def as_matrix(values: Tensor) -> Tensor:
+    """``[n]`` to ``[n, 1]``; ``[n, K]`` stays."""
+    return values.view(len(values), values.shape[1:].numel())
+
+
+def find_labels(classes: slice | Tensor, num_classes: int, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Which labels are among some classes: the place of each in them, and in ``labels``.
+
+    Args:
+        classes: a slice, or sorted classes [v].
+        num_classes: v.
+        labels: [n]; a negative one is nowhere.
+    """
+    if isinstance(classes, slice):
+        row = labels - classes.start
+        mine = (row >= 0) & (row < num_classes)
+    else:
+        row = torch.searchsorted(classes, labels).clamp_max(num_classes - 1)
+        mine = classes[row] == labels
+    mine = mine.nonzero().squeeze(1)
+    return row[mine], mine
+
+
+def softmax_gradient(
+    log_p: Tensor, d_lse: Tensor, entropy: Tensor | None, d_entropy: Tensor | None
+) -> Tensor:
+    """``p (d_lse - d_entropy (H + log p))`` of a block, [v, n]: dz, but for target and logit sum.
+
+    Args:
+        log_p: logits less the log-sum-exp, [v, n]; overwritten.
+        d_lse: [n].
+        entropy: H, [n]; needed with d_entropy.
+        d_entropy: [n], or None for zeros.
+    """
+    if entropy is None or d_entropy is None:
+        return log_p.exp_().mul_(d_lse)
+    p = log_p.exp()
+    return log_p.clamp_min_(NEGLIGIBLE).add_(entropy).mul_(-d_entropy).add_(d_lse).mul_(p)
 
 
 class LogitBlocks:
@@ -99,7 +142,11 @@ class LogitBlocks:
         return (block + reference).div_(self.softcap).square_().neg_().add_(1)
 
     def _before_softcap(self, logit: Tensor) -> Tensor:
-        """The dot product whose logit this is, bias aside: where rounding should be finest."""
+        """The dot product whose logit this is, bias aside: where rounding should be finest.
+
+        Not further than 0.97 softcaps: beyond, the slope of the softcap shrinks every error, and
+        a log-sum-exp near the softcap says nothing of where the dot products are.
+        """
         if self.softcap is not None:
-            logit = self.softcap * torch.atanh((logit / self.softcap).clamp(-0.99, 0.99))
+            logit = self.softcap * torch.atanh((logit / self.softcap).clamp(-0.75, 0.75))
         return logit / self.scale if self.scale else torch.zeros_like(logit)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,10 @@ class TritonBackend:
             return "needs Triton, which is not installed"
         if problem.hidden.dtype not in _DTYPES:
             return f"needs bfloat16, float16 or float32, got {problem.hidden.dtype}"
+        if problem.entropy or problem.ranks:
+            return "serves no entropy and no ranks"
+        if problem.labels.dim() > 1:
+            return "serves one target a token"
         if problem.options.policy == "filtered":
             return "serves no policy 'filtered'"
         if device.type != "cuda":
@@ -85,6 +90,9 @@ class TritonBackend:
             lse=new(num_tokens),
             target_logit=new(num_tokens),
             logit_sum=new(0 if problem.logit_weight is None else num_tokens),
+            entropy=new(0),
+            argmax=problem.labels.new_empty(0),
+            target_rank=problem.labels.new_empty(0),
             column_mass=new(0, len(problem.classifier)),
             tail_mass=new(0),
         )
@@ -95,7 +103,8 @@ class TritonBackend:
         from crosscut.backends.triton.backward import compute_gradients
 
         with _on(problem):
-            return compute_gradients(problem, statistics, cotangents, needs)
+            three: Any = cotangents[:3]  # of an entropy there is none
+            return compute_gradients(problem, statistics, three, needs)
 
     def sparsity(self, problem: HeadProblem, statistics: Statistics) -> tuple[float, float]:
         del problem, statistics
