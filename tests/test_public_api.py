@@ -55,11 +55,12 @@ def test_signatures_begin_alike(name):
 def test_options_are_the_keywords():
     """Function, module and record agree on every name and default."""
     recorded = {field.name: field.default for field in dataclasses.fields(LossOptions)}
+    tensors = ("linear_bias", "weight", "token_weight", "normalizer")
     for function in (crosscut.linear_cross_entropy, crosscut.LinearCrossEntropy.__init__):
         keywords = {
             p.name: p.default
             for p in inspect.signature(function).parameters.values()
-            if p.kind is p.KEYWORD_ONLY and p.name not in ("linear_bias", "weight")
+            if p.kind is p.KEYWORD_ONLY and p.name not in tensors
         }
         assert keywords == recorded
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crosscut import backends, tokens
 from crosscut.backends.protocol import HeadProblem
-from crosscut.options import HeadOptions, check_integer, check_shift, check_temperature
+from crosscut.options import HeadOptions, check_integer, check_positive, check_shift
 
 
 def head_problem(
@@ -57,7 +57,7 @@ def head_problem(
 
 def at_temperature(problem: HeadProblem, temperature: float) -> HeadProblem:
     """The problem whose logits are those of ``problem`` over ``temperature``."""
-    check_temperature(temperature)
+    check_positive("temperature", temperature)
     if temperature == 1:
         return problem
     softcap = problem.options.softcap
@@ -66,7 +66,9 @@ def at_temperature(problem: HeadProblem, temperature: float) -> HeadProblem:
         softcap=None if softcap is None else softcap / temperature,
         logit_scale=problem.options.logit_scale / temperature,
     )
-    bias = None if problem.bias is None else problem.bias / temperature
+    bias = problem.bias
+    if bias is not None:
+        bias = bias.to(problem.statistics_dtype) / temperature  # in its own it would be rounded
     return replace(problem, bias=bias, options=options)
 
 

@@ -11,7 +11,7 @@ from crosscut import backends, ops, statistics, tokens
 from crosscut.arguments import at_temperature, head_problem, wants_gradient
 from crosscut.backends import Explanation
 from crosscut.backends.protocol import HeadProblem
-from crosscut.options import GradientPolicy, HeadOptions, LossOptions, Reduction
+from crosscut.options import GradientPolicy, HeadOptions, LossOptions, Reduction, check_positive
 from crosscut.statistics import TokenStatistics
 
 
@@ -22,7 +22,9 @@ def linear_cross_entropy(
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
+    token_weight: Tensor | None = None,
     reduction: Reduction = "mean",
+    normalizer: Tensor | float | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     shift: int = 0,
@@ -45,8 +47,14 @@ def linear_cross_entropy(
         target: classes in ``[0, V)`` or ``ignore_index``, integer ``[...]``.
         linear_bias: the head's bias ``[V]``, of the same dtype.
         weight: class weights ``[V]``, as in :class:`torch.nn.CrossEntropyLoss`.
-        reduction: ``"mean"`` over the targets kept (weighted by ``weight``), ``"sum"``, or
-            ``"none"`` for the shape of ``target``.
+        token_weight: a factor of each token's loss, ``[...]`` as ``target``, differentiable. What
+            it says of an ignored target is not looked at.
+        reduction: ``"mean"`` over the targets kept (weighted by ``weight`` and ``token_weight``),
+            ``"sum"``, or ``"none"`` for the shape of ``target``.
+        normalizer: what ``"mean"`` divides the sum by, in place of the number of targets kept (or
+            their summed weights): a positive number, or a tensor of one. With gradient
+            accumulation or data parallelism the number of tokens of the whole batch, so that
+            every token counts the same, wherever it is.
         ignore_index: a target of this value takes no part and costs no time.
         label_smoothing: share of the target spread over all classes, in [0, 1].
         shift: predict ``target[..., t + shift]`` from ``input[..., t, :]``: 1 for a causal
@@ -88,6 +96,10 @@ def linear_cross_entropy(
     )
     if weight is not None:
         weight = _checked_class_weight(weight, problem)
+    if token_weight is not None:
+        token_weight = _flat_token_weight(token_weight, target, problem, shift)
+    if normalizer is not None:
+        normalizer = _checked_normalizer(normalizer, reduction, problem.statistics_dtype)
     if label_smoothing:
         ones = problem.classifier.new_ones(len(linear_weight), dtype=problem.statistics_dtype)
         smoothing_weight = (ones if weight is None else weight) / len(linear_weight)
@@ -101,9 +113,15 @@ def linear_cross_entropy(
         weight,
         options,
     )
+    if token_weight is not None:
+        loss = loss * token_weight
     if reduction == "none":
         return tokens.unflatten(loss, target.shape, shift=shift)
-    return statistics.reduce(loss, problem.labels, weight, reduction)
+    if reduction == "sum":
+        return loss.sum()
+    if normalizer is None:
+        normalizer = statistics.total_weight(problem.labels, weight, token_weight)
+    return loss.sum() / normalizer
 
 
 def token_statistics(
@@ -282,3 +300,47 @@ def _checked_class_weight(weight: Tensor, problem: HeadProblem) -> Tensor:
             "all must be on one device"
         )
     return weight.detach().to(problem.statistics_dtype)
+
+
+def _flat_token_weight(
+    token_weight: Tensor, target: Tensor, problem: HeadProblem, shift: int
+) -> Tensor:
+    """Weight of each row [N] in the dtype of the statistics, 0 where the target is ignored."""
+    if not isinstance(token_weight, Tensor):
+        raise TypeError(f"token_weight must be a Tensor or None, got {type(token_weight).__name__}")
+    if token_weight.shape != target.shape:
+        raise ValueError(
+            f"token_weight must have target's shape, {list(target.shape)}, "
+            f"got {list(token_weight.shape)}"
+        )
+    if token_weight.is_complex():
+        raise TypeError(f"token_weight must have a real dtype, got {token_weight.dtype}")
+    if token_weight.device != problem.hidden.device:
+        raise ValueError(
+            f"token_weight is on {token_weight.device}, input is on {problem.hidden.device}: "
+            "all must be on one device"
+        )
+    if shift:
+        token_weight = tokens.align(token_weight, shift, axis=target.dim() - 1, fill=0)
+    token_weight = token_weight.reshape(-1).to(problem.statistics_dtype)
+    return torch.where(problem.labels >= 0, token_weight, 0)
+
+
+def _checked_normalizer(
+    normalizer: Tensor | float, reduction: str, dtype: torch.dtype
+) -> Tensor | float:
+    """A number, or a scalar of the dtype."""
+    if reduction != "mean":
+        raise ValueError(f"normalizer needs reduction='mean', got reduction={reduction!r}")
+    if isinstance(normalizer, float | int):
+        check_positive("normalizer", normalizer)
+        return normalizer
+    if not isinstance(normalizer, Tensor):
+        raise TypeError(
+            f"normalizer must be a number or a tensor of one, got {type(normalizer).__name__}"
+        )
+    if normalizer.numel() != 1:
+        raise ValueError(
+            f"normalizer must be a number or a tensor of one, got shape {list(normalizer.shape)}"
+        )
+    return normalizer.reshape(()).to(dtype)

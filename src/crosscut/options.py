@@ -95,11 +95,11 @@ def check_integer(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 
-def check_temperature(temperature: Any) -> None:
-    """Raise unless ``temperature`` is a positive finite number."""
-    _check_number("temperature", temperature, "a positive finite number")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a positive finite number, got {temperature}")
+def check_positive(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a positive finite number."""
+    _check_number(name, value, "a positive finite number")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive finite number, got {value}")
 
 
 def _check_number(name: str, value: Any, needed: str) -> None:

@@ -82,11 +82,11 @@ def cross_entropy(
     return loss
 
 
-def reduce(loss: Tensor, labels: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """Sum the losses [N], or their mean over the tokens kept, weighted by their class weights."""
-    if reduction == "sum":
-        return loss.sum()
+def total_weight(labels: Tensor, weight: Tensor | None, token_weight: Tensor | None) -> Tensor:
+    """What a mean is taken over: the tokens kept, by their class and token weights [V], [N]."""
     kept = labels != IGNORED
-    if weight is None:
-        return loss.sum() / kept.sum()
-    return loss.sum() / torch.where(kept, weight[labels.clamp_min(0)], 0).sum()
+    if weight is not None:
+        kept = torch.where(kept, weight[labels.clamp_min(0)], 0)
+    if token_weight is not None:
+        kept = kept * token_weight
+    return kept.sum()

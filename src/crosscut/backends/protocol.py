@@ -22,7 +22,7 @@ class HeadProblem:
     Attributes:
         hidden: [N, D], any float dtype.
         classifier: [V, D], the same dtype.
-        bias: [V] of the same dtype, or None.
+        bias: [V] of the same dtype or that of the statistics, or None.
         labels: [N] int64; a class, or -1 for a row that takes no part. Or [N, K], K targets a
             token, each of them a class or -1: a row of nothing but -1 takes no part.
         logit_weight: [V], the weights of the logit sum; None if no one wants it.
