@@ -202,9 +202,12 @@ class TestSeveralTargets:
         one = outcome(crosscut.linear_log_probs, head, policy="exact")
         given = cotangents(one.loss)
         several = replace(head, target=head.target[..., None])
-        leaves = [x.clone().requires_grad_() for x in (head.input, head.linear_weight)]
+        leaves = hidden, classifier = (
+            head.input.clone().requires_grad_(),
+            head.linear_weight.clone().requires_grad_(),
+        )
         found = crosscut.linear_log_probs(
-            *leaves, several.target, linear_bias=head.linear_bias, policy="exact"
+            hidden, classifier, several.target, linear_bias=head.linear_bias, policy="exact"
         )
         assert torch.equal(found[..., 0], one.loss)
         found.backward(given[..., None])
@@ -371,9 +374,11 @@ class TestMemory:
     """That of the plain loss."""
 
     def test_entropy_and_ranks(self):
-        def everything(input: Tensor, weight: Tensor, target: Tensor, **bias: Tensor) -> Tensor:
+        def everything(
+            input: Tensor, weight: Tensor, target: Tensor, linear_bias: Tensor
+        ) -> Tensor:
             found = crosscut.token_statistics(
-                input, weight, target, entropy=True, ranks=True, **bias
+                input, weight, target, entropy=True, ranks=True, linear_bias=linear_bias
             )
             assert found.entropy is not None
             return (found.log_prob - found.entropy).mean()

@@ -6,6 +6,7 @@
 The method is Cut Cross-Entropy (arXiv:2411.09009).
 """
 
+from crosscut import losses as losses
 from crosscut.backends import Explanation
 from crosscut.functional import (
     GradientSparsity,

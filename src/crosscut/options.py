@@ -53,9 +53,7 @@ class HeadOptions:
             _check_number("softcap", self.softcap, "a positive finite number or None")
             if not 0 < self.softcap < math.inf:
                 raise ValueError(f"softcap must be a positive finite number, got {self.softcap}")
-        _check_number("logit_scale", self.logit_scale, "a finite number")
-        if not math.isfinite(self.logit_scale):
-            raise ValueError(f"logit_scale must be a finite number, got {self.logit_scale}")
+        check_finite("logit_scale", self.logit_scale)
         _check_choice("policy", self.policy, POLICIES)
 
 
@@ -74,12 +72,8 @@ class LossOptions(HeadOptions):
         _check_choice("reduction", self.reduction, REDUCTIONS)
         check_integer("ignore_index", self.ignore_index)
         check_shift(self.shift)
-        _check_number("label_smoothing", self.label_smoothing, "a number in [0, 1]")
-        if not 0 <= self.label_smoothing <= 1:
-            raise ValueError(f"label_smoothing must be in [0, 1], got {self.label_smoothing}")
-        _check_number("z_loss", self.z_loss, "a finite number >= 0")
-        if not 0 <= self.z_loss < math.inf:
-            raise ValueError(f"z_loss must be a finite number >= 0, got {self.z_loss}")
+        check_between("label_smoothing", self.label_smoothing, 0, 1)
+        check_between("z_loss", self.z_loss, 0, math.inf)
 
 
 def check_shift(shift: Any) -> None:
@@ -100,6 +94,21 @@ def check_positive(name: str, value: Any) -> None:
     _check_number(name, value, "a positive finite number")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive finite number, got {value}")
+
+
+def check_finite(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a finite number."""
+    _check_number(name, value, "a finite number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value}")
+
+
+def check_between(name: str, value: Any, least: float, most: float) -> None:
+    """Raise unless ``value`` is a number in ``[least, most]``."""
+    needed = f"a finite number >= {least}" if most == math.inf else f"in [{least}, {most}]"
+    _check_number(name, value, needed if most == math.inf else f"a number {needed}")
+    if not (least <= value <= most and value < math.inf):
+        raise ValueError(f"{name} must be {needed}, got {value}")
 
 
 def _check_number(name: str, value: Any, needed: str) -> None:
