@@ -314,7 +314,7 @@ class TestAgainstTrl:
         settings = self.settings(beta=0.3, loss_type="ipo")
         theirs, *_ = self.trainer("cpo").cpo_loss(settings, *pair)
         zeros = torch.zeros(8)
-        torch.testing.assert_close(losses.ipo(*pair, zeros, zeros, beta=0.3), theirs)
+        torch.testing.assert_close(losses.ipo(pair[0], pair[1], zeros, zeros, beta=0.3), theirs)
 
     def test_orpo(self, pair):
         theirs, *_ = self.trainer("orpo").odds_ratio_loss(self.settings(beta=0.3), *pair)

@@ -72,7 +72,7 @@ def test_policies_are_the_annotation():
 @pytest.mark.parametrize("name", crosscut.__all__)
 def test_docstrings(name):
     thing = getattr(crosscut, name)
-    if not callable(thing) or name == "GradientPolicy":
+    if not callable(thing) or name in ("GradientPolicy", "Divergence"):
         return  # a Literal cannot hold one
     assert inspect.getdoc(thing)
     if inspect.isclass(thing):

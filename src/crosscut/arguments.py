@@ -72,6 +72,50 @@ def at_temperature(problem: HeadProblem, temperature: float) -> HeadProblem:
     return replace(problem, bias=bias, options=options)
 
 
+def flat_token_weight(
+    token_weight: Tensor, target: Tensor, problem: HeadProblem, shift: int
+) -> Tensor:
+    """Weight of each row [N] in the dtype of the statistics, 0 where the target is ignored."""
+    if not isinstance(token_weight, Tensor):
+        raise TypeError(f"token_weight must be a Tensor or None, got {type(token_weight).__name__}")
+    if token_weight.shape != target.shape:
+        raise ValueError(
+            f"token_weight must have target's shape, {list(target.shape)}, "
+            f"got {list(token_weight.shape)}"
+        )
+    if token_weight.is_complex():
+        raise TypeError(f"token_weight must have a real dtype, got {token_weight.dtype}")
+    if token_weight.device != problem.hidden.device:
+        raise ValueError(
+            f"token_weight is on {token_weight.device}, input is on {problem.hidden.device}: "
+            "all must be on one device"
+        )
+    if shift:
+        token_weight = tokens.align(token_weight, shift, axis=target.dim() - 1, fill=0)
+    token_weight = token_weight.reshape(-1).to(problem.statistics_dtype)
+    return torch.where(problem.labels >= 0, token_weight, 0)
+
+
+def checked_normalizer(
+    normalizer: Tensor | float, reduction: str, dtype: torch.dtype
+) -> Tensor | float:
+    """A number, or a scalar of the dtype."""
+    if reduction != "mean":
+        raise ValueError(f"normalizer needs reduction='mean', got reduction={reduction!r}")
+    if isinstance(normalizer, float | int):
+        check_positive("normalizer", normalizer)
+        return normalizer
+    if not isinstance(normalizer, Tensor):
+        raise TypeError(
+            f"normalizer must be a number or a tensor of one, got {type(normalizer).__name__}"
+        )
+    if normalizer.numel() != 1:
+        raise ValueError(
+            f"normalizer must be a number or a tensor of one, got shape {list(normalizer.shape)}"
+        )
+    return normalizer.reshape(()).to(dtype)
+
+
 def wants_gradient(problem: HeadProblem) -> bool:
     """Whether a backward may follow."""
     inputs = (problem.hidden, problem.classifier, problem.bias)

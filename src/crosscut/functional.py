@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 
 from crosscut import backends, ops, statistics, tokens
-from crosscut.arguments import at_temperature, head_problem, wants_gradient
+from crosscut.arguments import (
+    at_temperature,
+    checked_normalizer,
+    flat_token_weight,
+    head_problem,
+    wants_gradient,
+)
 from crosscut.backends import Explanation
 from crosscut.backends.protocol import HeadProblem
-from crosscut.options import GradientPolicy, HeadOptions, LossOptions, Reduction, check_positive
+from crosscut.options import GradientPolicy, HeadOptions, LossOptions, Reduction
 from crosscut.statistics import TokenStatistics
 
 
@@ -97,9 +103,9 @@ def linear_cross_entropy(
     if weight is not None:
         weight = _checked_class_weight(weight, problem)
     if token_weight is not None:
-        token_weight = _flat_token_weight(token_weight, target, problem, shift)
+        token_weight = flat_token_weight(token_weight, target, problem, shift)
     if normalizer is not None:
-        normalizer = _checked_normalizer(normalizer, reduction, problem.statistics_dtype)
+        normalizer = checked_normalizer(normalizer, reduction, problem.statistics_dtype)
     if label_smoothing:
         ones = problem.classifier.new_ones(len(linear_weight), dtype=problem.statistics_dtype)
         smoothing_weight = (ones if weight is None else weight) / len(linear_weight)
@@ -117,11 +123,9 @@ def linear_cross_entropy(
         loss = loss * token_weight
     if reduction == "none":
         return tokens.unflatten(loss, target.shape, shift=shift)
-    if reduction == "sum":
-        return loss.sum()
-    if normalizer is None:
+    if reduction == "mean" and normalizer is None:
         normalizer = statistics.total_weight(problem.labels, weight, token_weight)
-    return loss.sum() / normalizer
+    return loss.sum() if normalizer is None else loss.sum() / normalizer
 
 
 def token_statistics(
@@ -300,47 +304,3 @@ def _checked_class_weight(weight: Tensor, problem: HeadProblem) -> Tensor:
             "all must be on one device"
         )
     return weight.detach().to(problem.statistics_dtype)
-
-
-def _flat_token_weight(
-    token_weight: Tensor, target: Tensor, problem: HeadProblem, shift: int
-) -> Tensor:
-    """Weight of each row [N] in the dtype of the statistics, 0 where the target is ignored."""
-    if not isinstance(token_weight, Tensor):
-        raise TypeError(f"token_weight must be a Tensor or None, got {type(token_weight).__name__}")
-    if token_weight.shape != target.shape:
-        raise ValueError(
-            f"token_weight must have target's shape, {list(target.shape)}, "
-            f"got {list(token_weight.shape)}"
-        )
-    if token_weight.is_complex():
-        raise TypeError(f"token_weight must have a real dtype, got {token_weight.dtype}")
-    if token_weight.device != problem.hidden.device:
-        raise ValueError(
-            f"token_weight is on {token_weight.device}, input is on {problem.hidden.device}: "
-            "all must be on one device"
-        )
-    if shift:
-        token_weight = tokens.align(token_weight, shift, axis=target.dim() - 1, fill=0)
-    token_weight = token_weight.reshape(-1).to(problem.statistics_dtype)
-    return torch.where(problem.labels >= 0, token_weight, 0)
-
-
-def _checked_normalizer(
-    normalizer: Tensor | float, reduction: str, dtype: torch.dtype
-) -> Tensor | float:
-    """A number, or a scalar of the dtype."""
-    if reduction != "mean":
-        raise ValueError(f"normalizer needs reduction='mean', got reduction={reduction!r}")
-    if isinstance(normalizer, float | int):
-        check_positive("normalizer", normalizer)
-        return normalizer
-    if not isinstance(normalizer, Tensor):
-        raise TypeError(
-            f"normalizer must be a number or a tensor of one, got {type(normalizer).__name__}"
-        )
-    if normalizer.numel() != 1:
-        raise ValueError(
-            f"normalizer must be a number or a tensor of one, got shape {list(normalizer.shape)}"
-        )
-    return normalizer.reshape(()).to(dtype)

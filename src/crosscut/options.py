@@ -29,10 +29,20 @@ GradientPolicy = Literal[
 - ``"cce_kahan_full_e"``: the same, and no filter on the hidden states' gradient.
 """
 
+Divergence = Literal["forward", "reverse", "js"]
+"""How far a student's softmax p is from its teacher's q.
+
+- ``"forward"``: ``KL(q || p)``, the student covers what the teacher does.
+- ``"reverse"``: ``KL(p || q)``, the student stays where the teacher is.
+- ``"js"``: ``beta KL(q || m) + (1 - beta) KL(p || m)`` with ``m = beta q + (1 - beta) p``, the
+  generalised Jensen-Shannon divergence (arXiv:2306.13649, equation 1).
+"""
+
 Reduction = Literal["none", "mean", "sum"]
 
 POLICIES: tuple[str, ...] = get_args(GradientPolicy)
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+DIVERGENCES: tuple[str, ...] = get_args(Divergence)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +84,26 @@ class LossOptions(HeadOptions):
         check_shift(self.shift)
         check_between("label_smoothing", self.label_smoothing, 0, 1)
         check_between("z_loss", self.z_loss, 0, math.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationOptions:
+    """What a student is asked to do. See :func:`crosscut.linear_kl_div`."""
+
+    divergence: Divergence = "forward"
+    beta: float = 0.5
+    temperature: float = 1.0
+    hard_weight: float = 0.0
+    reduction: Reduction = "mean"
+
+    def __post_init__(self) -> None:
+        _check_choice("divergence", self.divergence, DIVERGENCES)
+        _check_number("beta", self.beta, "a number between 0 and 1")
+        if not 0 < self.beta < 1:
+            raise ValueError(f"beta must be between 0 and 1, got {self.beta}")
+        check_positive("temperature", self.temperature)
+        check_between("hard_weight", self.hard_weight, 0, 1)
+        _check_choice("reduction", self.reduction, REDUCTIONS)
 
 
 def check_shift(shift: Any) -> None:

@@ -52,6 +52,38 @@ class HeadProblem:
         return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
 
 
+@dataclass(frozen=True, kw_only=True)
+class DistillationProblem:
+    """A student and its teacher: N tokens, V classes, each with a hidden size of its own.
+
+    Attributes:
+        student: the student's head, at the temperature of the divergence. Its labels say which
+            rows take part, and are the targets of the hard loss.
+        teacher: the teacher's head, at the same temperature.
+        divergence: ``"forward"``, ``"reverse"`` or ``"js"``.
+        beta: share of the teacher in the mixture of ``"js"``.
+        temperature: times the student's logits, these are the logits of the hard loss; None if
+            no one wants one.
+    """
+
+    student: HeadProblem
+    teacher: HeadProblem
+    divergence: str
+    beta: float
+    temperature: float | None
+
+
+class Divergences(NamedTuple):
+    """What a student's forward returns, [N] each, 0 at rows that take no part."""
+
+    divergence: Tensor
+    hard_lse: Tensor  # of the logits of the hard loss; [0] without one
+    target_logit: Tensor  # among them; [0] without a hard loss
+    student_lse: Tensor  # at the temperature of the divergence
+    teacher_lse: Tensor
+    center: Tensor  # what the divergence's slope has for mean under the student
+
+
 class Statistics(NamedTuple):
     """What a forward returns. [N] vectors are 0 at rows that take no part.
 

@@ -12,6 +12,7 @@ import torch
 
 from crosscut.backends.blocks.backward import compute_gradients
 from crosscut.backends.blocks.forward import BLOCK_N, KEPT, column_blocks, compute_statistics
+from crosscut.backends.blocks.logits import check_labels
 from crosscut.backends.blocks.tile_filter import tile_filtered_backward
 from crosscut.backends.protocol import Cotangents, Gradients, HeadProblem, Needs, Statistics
 
@@ -31,7 +32,7 @@ class BlocksBackend:
         return None
 
     def forward(self, problem: HeadProblem, *, for_backward: bool) -> Statistics:
-        _check_labels(problem)
+        check_labels(problem)
         filtered = for_backward and _filters_columns(problem)
         return compute_statistics(problem, filter_columns=filtered)
 
@@ -80,13 +81,3 @@ def _filters_columns(problem: HeadProblem) -> bool:
     low_precision = problem.hidden.dtype in (torch.bfloat16, torch.float16)
     policy = problem.options.policy
     return policy == "filtered" or (policy == "auto" and low_precision)
-
-
-def _check_labels(problem: HeadProblem) -> None:
-    """Raise for a label out of range, where looking costs no synchronisation."""
-    labels, num_classes = problem.labels, problem.classifier.shape[0]
-    if labels.device.type == "cpu" and labels.numel() and labels.max() >= num_classes:
-        raise IndexError(
-            f"target has a class out of range: classes must be in [0, {num_classes}), "
-            "or ignore_index"
-        )

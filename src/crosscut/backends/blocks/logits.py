@@ -41,6 +41,16 @@ def _has_bfloat16(device: torch.device) -> bool:
     return True
 
 
+def check_labels(problem: HeadProblem) -> None:
+    """Raise for a label out of range, where looking costs no synchronisation."""
+    labels, num_classes = problem.labels, problem.classifier.shape[0]
+    if labels.device.type == "cpu" and labels.numel() and labels.max() >= num_classes:
+        raise IndexError(
+            f"target has a class out of range: classes must be in [0, {num_classes}), "
+            "or ignore_index"
+        )
+
+
 def take_rows(values: Tensor, rows: Tensor) -> Tensor:
     """``values[rows]``; a view where the rows, in ascending order, have no gap."""
     if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
@@ -106,7 +116,12 @@ class LogitBlocks:
         self._plain = self.scale == 1 and self.softcap is None and problem.bias is None
 
     def block(
-        self, classifier: Tensor, bias: Tensor | None, hidden: Tensor, reference: Tensor
+        self,
+        classifier: Tensor,
+        bias: Tensor | None,
+        hidden: Tensor,
+        reference: Tensor,
+        center: Tensor | None = None,
     ) -> Tensor:
         """``logits - reference`` of v classes and n tokens, [v, n].
 
@@ -115,15 +130,18 @@ class LogitBlocks:
             bias: [v] or None.
             hidden: [n, D], in the same dtype.
             reference: [n].
+            center: the logit at which rounding is to be finest, [n]; the reference if None.
         """
-        center = reference if self._plain else self._before_softcap(reference)
-        center = center.to(hidden.dtype)  # what the matmul can subtract before it rounds
-        block = F.linear(classifier, hidden, -center).to(self.dtype)  # [v, n]
-        center = center.to(self.dtype)
+        exact = center is None and hidden.dtype == self.dtype
+        finest = reference if center is None else center
+        low = finest if self._plain else self._before_softcap(finest)
+        low = low.to(hidden.dtype)  # what the matmul can subtract before it rounds
+        block = F.linear(classifier, hidden, -low).to(self.dtype)  # [v, n]
+        subtracted = low.to(self.dtype)
         if not self._plain:
-            self.activate(block.add_(center), None if bias is None else bias[:, None])
+            self.activate(block.add_(subtracted), None if bias is None else bias[:, None])
             return block.sub_(reference)
-        return block if hidden.dtype == self.dtype else block.add_(center - reference)
+        return block if exact else block.add_(subtracted - reference)
 
     def activate(self, products: Tensor, bias: Tensor | None) -> Tensor:
         """Dot products of hidden states and classifier rows to logits, in place."""
