@@ -2,8 +2,8 @@
 
     python benchmarks/losses.py --tokens 256 > benchmarks/results/losses-gemma3-270m-bf16-cpu.json
 
-The head of Gemma 3 270M on real text. In distillation the student sees its hidden states with noise.
-PyTorch works on full logits, in float32 from the softmax on. Nobody's time is printed whose
+The head of Gemma 3 270M on real text. In distillation the student sees its hidden states with
+noise. PyTorch works on full logits, in float32 from the softmax on. Nobody's time is printed whose
 gradients are further from the truth, in float32, than 1.5 times those of plain PyTorch.
 """
 
