@@ -28,11 +28,11 @@ def linear_cross_entropy(
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    token_weight: Tensor | None = None,
     reduction: Reduction = "mean",
-    normalizer: Tensor | float | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    token_weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
     shift: int = 0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -53,16 +53,16 @@ def linear_cross_entropy(
         target: classes in ``[0, V)`` or ``ignore_index``, integer ``[...]``.
         linear_bias: the head's bias ``[V]``, of the same dtype.
         weight: class weights ``[V]``, as in :class:`torch.nn.CrossEntropyLoss`.
-        token_weight: a factor of each token's loss, ``[...]`` as ``target``, differentiable. What
-            it says of an ignored target is not looked at.
         reduction: ``"mean"`` over the targets kept (weighted by ``weight`` and ``token_weight``),
             ``"sum"``, or ``"none"`` for the shape of ``target``.
+        ignore_index: a target of this value takes no part and costs no time.
+        label_smoothing: share of the target spread over all classes, in [0, 1].
+        token_weight: a factor of each token's loss, ``[...]`` as ``target``, differentiable. What
+            it says of an ignored target is not looked at.
         normalizer: what ``"mean"`` divides the sum by, in place of the number of targets kept (or
             their summed weights): a positive number, or a tensor of one. With gradient
             accumulation or data parallelism the number of tokens of the whole batch, so that
             every token counts the same, wherever it is.
-        ignore_index: a target of this value takes no part and costs no time.
-        label_smoothing: share of the target spread over all classes, in [0, 1].
         shift: predict ``target[..., t + shift]`` from ``input[..., t, :]``: 1 for a causal
             language model whose labels are its input ids. The first ``shift`` targets of each
             sequence are ignored.
