@@ -52,6 +52,14 @@ OPCHECKS: dict[str, dict[str, Any]] = {
     "transposed, filtered": {"transposed": True, "policy": "filtered"},
     "transposed, cce": {"transposed": True, "policy": "cce_kahan"},
     "inference": {"for_backward": False, "dtype": torch.bfloat16},
+    "entropy": {"entropy": True, "bias": True},
+    "entropy, filtered": {"entropy": True, "policy": "filtered", "bias": True, "unwanted": True},
+    "entropy, cce": {"entropy": True, "policy": "cce_kahan"},
+    "entropy, no tokens": {"entropy": True, "ranks": True, "tokens": 0, "bias": True},
+    "ranks": {"ranks": True, "softcap": 5.0},
+    "several": {"several": 3, "bias": True, "ignored": 0.4},
+    "several, entropy": {"several": 2, "entropy": True, "dtype": torch.bfloat16},
+    "several, filtered": {"several": 2, "policy": "filtered", "bias": True, "unwanted": True},
 }
 
 
@@ -67,6 +75,9 @@ def op_arguments(
     ignored: float = 0.0,
     unwanted: bool = False,
     transposed: bool = False,
+    entropy: bool = False,
+    ranks: bool = False,
+    several: int = 0,
     for_backward: bool = True,
 ) -> tuple[Any, ...]:
     """Positional arguments of ``crosscut::token_statistics``, in the order of its schema."""
@@ -78,12 +89,15 @@ def op_arguments(
     if transposed:
         hidden, classifier = (x.t().contiguous().t() for x in (hidden, classifier))
     labels = torch.where(head.target == -100, -1, head.target)
+    if several:
+        others = torch.arange(several - 1) * 3
+        labels = torch.cat([labels[:, None], (labels[:, None] + others) % 300], 1)
     weight = None
     if logit_weight:
         weight = torch.rand(300, dtype=torch.promote_types(dtype, torch.float32)) / 300
     return (
         hidden, classifier, head_bias, labels, weight,
-        softcap, logit_scale, policy, "auto", for_backward,
+        softcap, logit_scale, policy, "auto", entropy, ranks, for_backward,
     )  # fmt: skip
 
 
@@ -104,12 +118,14 @@ def test_opcheck_backward(options, needs):
     hidden, classifier, bias, labels, logit_weight, *rest = arguments
     statistics = list(torch.ops.crosscut.token_statistics.default(*arguments))
     d_lse = torch.rand_like(statistics[0])
+    d_target = -torch.rand_like(statistics[1])
     d_sum = torch.rand_like(statistics[0]) if logit_weight is not None else None
+    d_entropy = torch.rand_like(statistics[0]) if options.get("entropy") else None
     torch.library.opcheck(
         torch.ops.crosscut.token_statistics_backward.default,
         (
-            d_lse, -d_lse, d_sum, statistics,
-            hidden, classifier, bias, labels, logit_weight, *rest[:-1], needs,
+            d_lse, d_target, d_sum, d_entropy, statistics,
+            hidden, classifier, bias, labels, logit_weight, *rest[:4], needs,
         ),
     )  # fmt: skip
 
@@ -119,7 +135,7 @@ def test_schema_names_what_the_code_names():
     names = [argument.name for argument in schema.arguments]
     assert names == [
         "hidden", "classifier", "bias", "labels", "logit_weight",
-        "softcap", "logit_scale", "policy", "backend", "for_backward",
+        "softcap", "logit_scale", "policy", "backend", "entropy", "ranks", "for_backward",
     ]  # fmt: skip
     assert not schema.is_mutable
 

@@ -123,6 +123,17 @@ class TestLoss:
         judge(backend, head, policy=policy, **OPTIONS[options])
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0, 30.0], ids=str)
+def test_smoothing_counts_every_class_once(backend, make, softcap):
+    """The loss is float32 for bfloat16 inputs too, and judged as such."""
+    head = make((24, 16, 400), torch.bfloat16)
+    options = {"label_smoothing": 1.0, "softcap": softcap, "reduction": "none"}
+    true = truth(head, **options).loss
+    theirs = outcome(reference.linear_cross_entropy, head, **options).loss
+    found = outcome(crosscut.linear_cross_entropy, head, backend=backend, **options).loss
+    assert error(found, true) <= 2 * error(theirs, true) + rounding(torch.float32)
+
+
 class TestLabels:
     """Which targets count."""
 

@@ -18,6 +18,7 @@ from crosscut.options import POLICIES
 
 FUNCTIONS = [
     crosscut.linear_cross_entropy,
+    crosscut.linear_log_probs,
     crosscut.token_statistics,
     crosscut.gradient_sparsity,
     crosscut.explain,
@@ -112,6 +113,11 @@ TENSORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"target": torch.tensor([0, 1])},
         ValueError,
         "target must have input's shape without its last dimension, [3], got [2]",
+    ),
+    "target has two dimensions more": (
+        {"target": torch.zeros(3, 1, 1, dtype=torch.int64)},
+        ValueError,
+        "target must have input's shape without its last dimension, [3], got [3, 1, 1]",
     ),
     "target has one dimension more": (
         {"target": torch.tensor([[0], [1], [2]])},
@@ -389,6 +395,8 @@ def test_the_good_call_is_good():
 def test_every_function(
     function: Callable[..., Any], changes: dict[str, Any], kind: type[Exception], message: str
 ):
+    if function is crosscut.linear_log_probs and message.endswith("[3, 1]"):
+        pytest.skip("one of several targets a token")
     with refuses(kind, message):
         function(**arguments(**changes))
 

@@ -6,19 +6,23 @@
 The method is Cut Cross-Entropy (arXiv:2411.09009).
 """
 
+from crosscut import losses as losses
 from crosscut.backends import Explanation
+from crosscut.distillation import linear_kl_div, linear_topk_kl_div
 from crosscut.functional import (
     GradientSparsity,
     explain,
     gradient_sparsity,
     linear_cross_entropy,
+    linear_log_probs,
     token_statistics,
 )
 from crosscut.module import LinearCrossEntropy
-from crosscut.options import GradientPolicy, set_workspace_limit, workspace_limit
+from crosscut.options import Divergence, GradientPolicy, set_workspace_limit, workspace_limit
 from crosscut.statistics import TokenStatistics
 
 __all__ = [
+    "Divergence",
     "Explanation",
     "GradientPolicy",
     "GradientSparsity",
@@ -27,6 +31,9 @@ __all__ = [
     "explain",
     "gradient_sparsity",
     "linear_cross_entropy",
+    "linear_kl_div",
+    "linear_log_probs",
+    "linear_topk_kl_div",
     "set_workspace_limit",
     "token_statistics",
     "workspace_limit",

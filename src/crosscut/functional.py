@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from crosscut import backends, ops, statistics, tokens
+from crosscut.arguments import (
+    at_temperature,
+    checked_normalizer,
+    flat_token_weight,
+    head_problem,
+    wants_gradient,
+)
 from crosscut.backends import Explanation
 from crosscut.backends.protocol import HeadProblem
-from crosscut.options import (
-    GradientPolicy,
-    HeadOptions,
-    LossOptions,
-    Reduction,
-    check_integer,
-    check_shift,
-)
+from crosscut.options import GradientPolicy, HeadOptions, LossOptions, Reduction
 from crosscut.statistics import TokenStatistics
 
 
@@ -32,6 +31,8 @@ def linear_cross_entropy(
     reduction: Reduction = "mean",
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    token_weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
     shift: int = 0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -52,10 +53,16 @@ def linear_cross_entropy(
         target: classes in ``[0, V)`` or ``ignore_index``, integer ``[...]``.
         linear_bias: the head's bias ``[V]``, of the same dtype.
         weight: class weights ``[V]``, as in :class:`torch.nn.CrossEntropyLoss`.
-        reduction: ``"mean"`` over the targets kept (weighted by ``weight``), ``"sum"``, or
-            ``"none"`` for the shape of ``target``.
+        reduction: ``"mean"`` over the targets kept (weighted by ``weight`` and ``token_weight``),
+            ``"sum"``, or ``"none"`` for the shape of ``target``.
         ignore_index: a target of this value takes no part and costs no time.
         label_smoothing: share of the target spread over all classes, in [0, 1].
+        token_weight: a factor of each token's loss, ``[...]`` as ``target``, differentiable. What
+            it says of an ignored target is not looked at.
+        normalizer: what ``"mean"`` divides the sum by, in place of the number of targets kept (or
+            their summed weights): a positive number, or a tensor of one. With gradient
+            accumulation or data parallelism the number of tokens of the whole batch, so that
+            every token counts the same, wherever it is.
         shift: predict ``target[..., t + shift]`` from ``input[..., t, :]``: 1 for a causal
             language model whose labels are its input ids. The first ``shift`` targets of each
             sequence are ignored.
@@ -90,15 +97,21 @@ def linear_cross_entropy(
         shift=shift,
         z_loss=z_loss,
     )
-    problem = _problem((input, linear_weight, target, linear_bias), options, ignore_index, shift)
+    problem = head_problem(
+        (input, linear_weight, target, linear_bias), options, ignore_index, shift
+    )
     if weight is not None:
         weight = _checked_class_weight(weight, problem)
+    if token_weight is not None:
+        token_weight = flat_token_weight(token_weight, target, problem, shift)
+    if normalizer is not None:
+        normalizer = checked_normalizer(normalizer, reduction, problem.statistics_dtype)
     if label_smoothing:
         ones = problem.classifier.new_ones(len(linear_weight), dtype=problem.statistics_dtype)
         smoothing_weight = (ones if weight is None else weight) / len(linear_weight)
         problem = replace(problem, logit_weight=smoothing_weight)
 
-    found = ops.token_statistics(problem, for_backward=_wants_gradient(problem))
+    found = ops.token_statistics(problem, for_backward=wants_gradient(problem))
     loss = statistics.cross_entropy(
         TokenStatistics(lse=found.lse, target_logit=found.target_logit),
         found.logit_sum if label_smoothing else None,
@@ -106,9 +119,13 @@ def linear_cross_entropy(
         weight,
         options,
     )
+    if token_weight is not None:
+        loss = loss * token_weight
     if reduction == "none":
         return tokens.unflatten(loss, target.shape, shift=shift)
-    return statistics.reduce(loss, problem.labels, weight, reduction)
+    if reduction == "mean" and normalizer is None:
+        normalizer = statistics.total_weight(problem.labels, weight, token_weight)
+    return loss.sum() if normalizer is None else loss.sum() / normalizer
 
 
 def token_statistics(
@@ -121,25 +138,85 @@ def token_statistics(
     shift: int = 0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    ranks: bool = False,
     policy: GradientPolicy = "auto",
     backend: str = "auto",
 ) -> TokenStatistics:
-    """Log-sum-exp and target logit of each token, differentiable, in the shape of ``target``.
+    """What the softmax says of each token, differentiable, in the shape of ``target``.
 
-    Build any loss of the target's log-probability from them. Arguments and errors are those of
-    :func:`linear_cross_entropy`. With ``shift`` a token's statistics stand where its target
-    stands.
+    Build any loss of the target's log-probability from it. Arguments and errors are those of
+    :func:`linear_cross_entropy`, and three more:
+
+    - ``temperature``, a positive number, divides the logits, also in ``lse`` and ``target_logit``.
+    - ``entropy=True`` adds the entropy of the softmax. Its gradient is exact under every policy:
+      ``p log p`` is large where p no longer is, so no column is left out where it has one. An
+      entropy that is only looked at costs the backward nothing.
+    - ``ranks=True`` adds the predicted class and the rank of the target, with no further matmul.
+
+    With ``shift`` a token's statistics stand where its target stands.
 
     Returns:
         Float32 (float64 for float64 inputs); 0, without gradient, where the target is ignored.
     """
     options = HeadOptions(softcap=softcap, logit_scale=logit_scale, policy=policy, backend=backend)
-    problem = _problem((input, linear_weight, target, linear_bias), options, ignore_index, shift)
-    found = ops.token_statistics(problem, for_backward=_wants_gradient(problem))
-    return TokenStatistics(
-        lse=tokens.unflatten(found.lse, target.shape, shift=shift),
-        target_logit=tokens.unflatten(found.target_logit, target.shape, shift=shift),
+    problem = head_problem(
+        (input, linear_weight, target, linear_bias), options, ignore_index, shift
     )
+    problem = replace(at_temperature(problem, temperature), entropy=entropy, ranks=ranks)
+    found = ops.token_statistics(problem, for_backward=wants_gradient(problem))
+
+    def shaped(values: Tensor, ignored: int = 0) -> Tensor:
+        if ignored:
+            values = torch.where(problem.labels >= 0, values, ignored)
+        return tokens.unflatten(values, target.shape, shift=shift, fill=ignored)
+
+    return TokenStatistics(
+        lse=shaped(found.lse),
+        target_logit=shaped(found.target_logit),
+        entropy=shaped(found.entropy) if entropy else None,
+        argmax=shaped(found.argmax, -1) if ranks else None,
+        target_rank=shaped(found.target_rank, len(linear_weight)) if ranks else None,
+    )
+
+
+def linear_log_probs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    shift: int = 0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    policy: GradientPolicy = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """Log-probability of each target, differentiable; under ``no_grad`` at the cost of a forward.
+
+    Equals ``log_softmax(linear(input, linear_weight, linear_bias) / temperature, -1)`` at the
+    targets. Losses on log-probabilities, of policies and of preferences, are in
+    :mod:`crosscut.losses`. Arguments and errors are those of :func:`linear_cross_entropy`, but
+    ``temperature``, a positive number, divides the logits, and ``target`` may also be ``[..., K]``:
+    K targets a token, in one sweep over the classes. Each of them may be ``ignore_index``, and a
+    class may come more than once.
+
+    Returns:
+        Nats in the shape of ``target``, float32 (float64 for float64 inputs); 0, without
+        gradient, where the target is ignored.
+    """
+    options = HeadOptions(softcap=softcap, logit_scale=logit_scale, policy=policy, backend=backend)
+    problem = head_problem(
+        (input, linear_weight, target, linear_bias), options, ignore_index, shift, several=True
+    )
+    problem = at_temperature(problem, temperature)
+    found = ops.token_statistics(problem, for_backward=wants_gradient(problem))
+    lse = found.lse if problem.labels.dim() == 1 else found.lse[:, None]
+    log_prob = torch.where(problem.labels >= 0, found.target_logit - lse, 0)
+    return tokens.unflatten(log_prob, input.shape[:-1], shift=shift)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +254,9 @@ def gradient_sparsity(
     options = HeadOptions(softcap=softcap, logit_scale=logit_scale, policy=policy, backend=backend)
     if policy.startswith("cce"):
         raise ValueError(f"policy must be 'auto', 'filtered' or 'exact' here, got {policy!r}")
-    problem = _problem((input, linear_weight, target, linear_bias), options, ignore_index, shift)
+    problem = head_problem(
+        (input, linear_weight, target, linear_bias), options, ignore_index, shift
+    )
     with torch.no_grad():
         found = ops.token_statistics(problem, for_backward=True)
     kept, tail = backends.choose(problem).sparsity(problem, found)
@@ -202,110 +281,10 @@ def explain(
     """
     options = HeadOptions(softcap=softcap, logit_scale=logit_scale, policy=policy, backend=backend)
     return backends.explain(
-        _problem((input, linear_weight, target, linear_bias), options, ignore_index=-100, shift=0)
+        head_problem(
+            (input, linear_weight, target, linear_bias), options, ignore_index=-100, shift=0
+        )
     )
-
-
-def _problem(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    options: HeadOptions,
-    ignore_index: int,
-    shift: int,
-) -> HeadProblem:
-    """Checked, in autocast's dtype, and flat."""
-    hidden, classifier, target, bias = tensors
-    backends.check_name(options.backend)
-    check_integer("ignore_index", ignore_index)
-    check_shift(shift)
-    _check_shapes(hidden, classifier, target, bias)
-    if shift and target.dim() == 0:
-        raise ValueError(f"shift={shift} needs a sequence: target must have at least 1 dimension")
-    hidden, classifier = _autocast(hidden), _autocast(classifier)
-    bias = None if bias is None else _autocast(bias)
-    _check_dtypes(hidden, classifier, target, bias)
-
-    num_classes = classifier.shape[0]
-    hidden, labels = tokens.flatten(
-        hidden, target, num_classes, ignore_index=ignore_index, shift=shift
-    )
-    return HeadProblem(
-        hidden=hidden,
-        classifier=classifier,
-        bias=bias,
-        labels=labels,
-        logit_weight=None,
-        options=options,
-    )
-
-
-def _wants_gradient(problem: HeadProblem) -> bool:
-    inputs = (problem.hidden, problem.classifier, problem.bias)
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-
-
-def _autocast(value: Tensor) -> Tensor:
-    """What ``F.linear`` would cast its arguments to under autocast."""
-    device = value.device.type
-    if device == "meta" or value.dtype == torch.float64 or not value.is_floating_point():
-        return value
-    if not torch.is_autocast_enabled(device):
-        return value
-    return value.to(torch.get_autocast_dtype(device))
-
-
-def _check_shapes(hidden: Tensor, classifier: Tensor, target: Tensor, bias: Tensor | None) -> None:
-    named: dict[str, Any] = {"input": hidden, "linear_weight": classifier, "target": target}
-    if bias is not None:
-        named["linear_bias"] = bias
-    for name, value in named.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
-        if value.device != hidden.device:
-            raise ValueError(
-                f"{name} is on {value.device}, input is on {hidden.device}: "
-                "all must be on one device"
-            )
-    if hidden.dim() == 0:
-        raise ValueError("input must have shape [..., D], got a scalar")
-    if classifier.dim() != 2:
-        raise ValueError(f"linear_weight must have shape [V, D], got {list(classifier.shape)}")
-    if 0 in classifier.shape:
-        raise ValueError(
-            f"linear_weight must have a class and a hidden dimension, got {list(classifier.shape)}"
-        )
-    if classifier.shape[-1] != hidden.shape[-1]:
-        raise ValueError(
-            f"linear_weight has hidden size {classifier.shape[-1]}, input has "
-            f"{hidden.shape[-1]}: their last dimensions must match"
-        )
-    if target.is_floating_point():
-        raise TypeError(
-            f"target must hold class indices, got {target.dtype}: class probabilities are not "
-            "supported"
-        )
-    if target.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"target must have input's shape without its last dimension, "
-            f"{list(hidden.shape[:-1])}, got {list(target.shape)}"
-        )
-    if bias is not None and bias.shape != classifier.shape[:1]:
-        raise ValueError(
-            f"linear_bias must have shape [{classifier.shape[0]}], one a class, "
-            f"got {list(bias.shape)}"
-        )
-
-
-def _check_dtypes(hidden: Tensor, classifier: Tensor, target: Tensor, bias: Tensor | None) -> None:
-    if not hidden.is_floating_point():
-        raise TypeError(f"input must have a floating-point dtype, got {hidden.dtype}")
-    for name, value in (("linear_weight", classifier), ("linear_bias", bias)):
-        if value is not None and value.dtype != hidden.dtype:
-            raise TypeError(
-                f"{name} has dtype {value.dtype}, input has {hidden.dtype}: cast one of them, or "
-                "use torch.autocast"
-            )
-    if target.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"target must be int64 or int32, got {target.dtype}")
 
 
 def _checked_class_weight(weight: Tensor, problem: HeadProblem) -> Tensor:

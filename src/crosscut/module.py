@@ -59,12 +59,16 @@ class LinearCrossEntropy(nn.Module):
         linear_weight: Tensor,
         target: Tensor,
         linear_bias: Tensor | None = None,
+        *,
+        token_weight: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
     ) -> Tensor:
         """Loss of ``input [..., D]`` against ``target [...]`` under the head ``[V, D]``."""
         options: dict[str, Any] = vars(self.options)
         return linear_cross_entropy(
-            input, linear_weight, target, linear_bias=linear_bias, weight=self.weight, **options
-        )
+            input, linear_weight, target, linear_bias=linear_bias, weight=self.weight,
+            token_weight=token_weight, normalizer=normalizer, **options,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         default = LossOptions()

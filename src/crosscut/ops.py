@@ -28,6 +28,8 @@ def token_statistics(problem: HeadProblem, *, for_backward: bool) -> Statistics:
             options.logit_scale,
             options.policy,
             options.backend,
+            problem.entropy,
+            problem.ranks,
             for_backward,
         )
     )
@@ -44,11 +46,12 @@ def _token_statistics(
     logit_scale: float,
     policy: str,
     backend: str,
+    entropy: bool,
+    ranks: bool,
     for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    problem = _problem(
-        (hidden, classifier, bias, labels, logit_weight), softcap, logit_scale, policy, backend
-    )
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tensors = (hidden, classifier, bias, labels, logit_weight)
+    problem = _problem(tensors, softcap, logit_scale, policy, backend, entropy, ranks)
     with torch.autocast(hidden.device.type, enabled=False):
         return choose(problem).forward(problem, for_backward=for_backward)
 
@@ -64,11 +67,12 @@ def _(
     logit_scale: float,
     policy: str,
     backend: str,
+    entropy: bool,
+    ranks: bool,
     for_backward: bool,
 ) -> tuple[Tensor, ...]:
-    problem = _problem(
-        (hidden, classifier, bias, labels, logit_weight), softcap, logit_scale, policy, backend
-    )
+    tensors = (hidden, classifier, bias, labels, logit_weight)
+    problem = _problem(tensors, softcap, logit_scale, policy, backend, entropy, ranks)
     return choose(problem).forward_like(problem, for_backward=for_backward)
 
 
@@ -77,6 +81,7 @@ def _token_statistics_backward(
     d_lse: Tensor,
     d_target_logit: Tensor,
     d_logit_sum: Tensor | None,
+    d_entropy: Tensor | None,
     statistics: list[Tensor],
     hidden: Tensor,
     classifier: Tensor,
@@ -89,14 +94,15 @@ def _token_statistics_backward(
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    problem = _problem(
-        (hidden, classifier, bias, labels, logit_weight), softcap, logit_scale, policy, backend
-    )
+    tensors = (hidden, classifier, bias, labels, logit_weight)
+    found = Statistics(*statistics)
+    made = len(found.entropy) > 0, len(found.argmax) > 0  # the same problem, the same backend
+    problem = _problem(tensors, softcap, logit_scale, policy, backend, *made)
     with torch.autocast(hidden.device.type, enabled=False):
         gradients = choose(problem).backward(
             problem,
-            Statistics(*statistics),
-            Cotangents(d_lse, d_target_logit, d_logit_sum),
+            found,
+            Cotangents(d_lse, d_target_logit, d_logit_sum, d_entropy),
             Needs(*needs),
         )
     d_hidden, d_classifier, d_bias = (
@@ -110,6 +116,7 @@ def _(
     d_lse: Tensor,
     d_target_logit: Tensor,
     d_logit_sum: Tensor | None,
+    d_entropy: Tensor | None,
     statistics: list[Tensor],
     hidden: Tensor,
     classifier: Tensor,
@@ -134,6 +141,8 @@ def _problem(
     logit_scale: float,
     policy: str,
     backend: str,
+    entropy: bool,
+    ranks: bool,
 ) -> HeadProblem:
     hidden, classifier, bias, labels, logit_weight = tensors
     options = HeadOptions(
@@ -149,30 +158,33 @@ def _problem(
         labels=labels,
         logit_weight=logit_weight,
         options=options,
+        entropy=entropy,
+        ranks=ranks,
     )
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    hidden, classifier, bias, labels, logit_weight, *ctx.options, _ = inputs
+    hidden, classifier, bias, labels, logit_weight, *options, ctx.entropy, _, _ = inputs
+    ctx.options = options
     ctx.save_for_backward(hidden, classifier, bias, labels, logit_weight, *output)
-    ctx.mark_non_differentiable(*output[3:])
+    ctx.mark_non_differentiable(*output[4:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, d_lse, d_target_logit, d_logit_sum, *_) -> tuple[Tensor | None, ...]:
+def _backward(ctx, d_lse, d_target_logit, d_logit_sum, d_entropy, *_) -> tuple[Tensor | None, ...]:
     hidden, classifier, bias, labels, logit_weight, *statistics = ctx.saved_tensors
-    zeros = torch.zeros_like(statistics[0])
     needs = list(ctx.needs_input_grad[:3])
     cotangents = (
-        zeros if d_lse is None else d_lse,
-        zeros if d_target_logit is None else d_target_logit,
+        torch.zeros_like(statistics[0]) if d_lse is None else d_lse,
+        torch.zeros_like(statistics[1]) if d_target_logit is None else d_target_logit,
         None if logit_weight is None else d_logit_sum,
+        d_entropy if ctx.entropy else None,
     )
     inputs = (hidden, classifier, bias, labels, logit_weight)
     arguments = (*cotangents, statistics, *inputs, *ctx.options, needs)
     gradients = _token_statistics_backward(*arguments)  # pyright: ignore[reportCallIssue]
     wanted = [grad if need else None for grad, need in zip(gradients, needs, strict=True)]
-    return (*wanted, *[None] * 7)
+    return (*wanted, *[None] * 9)
 
 
 def _no_double_backward(ctx, *_) -> None:

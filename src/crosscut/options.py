@@ -29,10 +29,20 @@ GradientPolicy = Literal[
 - ``"cce_kahan_full_e"``: the same, and no filter on the hidden states' gradient.
 """
 
+Divergence = Literal["forward", "reverse", "js"]
+"""How far a student's softmax p is from its teacher's q.
+
+- ``"forward"``: ``KL(q || p)``, the student covers what the teacher does.
+- ``"reverse"``: ``KL(p || q)``, the student stays where the teacher is.
+- ``"js"``: ``beta KL(q || m) + (1 - beta) KL(p || m)`` with ``m = beta q + (1 - beta) p``, the
+  generalised Jensen-Shannon divergence (arXiv:2306.13649, equation 1).
+"""
+
 Reduction = Literal["none", "mean", "sum"]
 
 POLICIES: tuple[str, ...] = get_args(GradientPolicy)
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+DIVERGENCES: tuple[str, ...] = get_args(Divergence)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +63,7 @@ class HeadOptions:
             _check_number("softcap", self.softcap, "a positive finite number or None")
             if not 0 < self.softcap < math.inf:
                 raise ValueError(f"softcap must be a positive finite number, got {self.softcap}")
-        _check_number("logit_scale", self.logit_scale, "a finite number")
-        if not math.isfinite(self.logit_scale):
-            raise ValueError(f"logit_scale must be a finite number, got {self.logit_scale}")
+        check_finite("logit_scale", self.logit_scale)
         _check_choice("policy", self.policy, POLICIES)
 
 
@@ -74,12 +82,28 @@ class LossOptions(HeadOptions):
         _check_choice("reduction", self.reduction, REDUCTIONS)
         check_integer("ignore_index", self.ignore_index)
         check_shift(self.shift)
-        _check_number("label_smoothing", self.label_smoothing, "a number in [0, 1]")
-        if not 0 <= self.label_smoothing <= 1:
-            raise ValueError(f"label_smoothing must be in [0, 1], got {self.label_smoothing}")
-        _check_number("z_loss", self.z_loss, "a finite number >= 0")
-        if not 0 <= self.z_loss < math.inf:
-            raise ValueError(f"z_loss must be a finite number >= 0, got {self.z_loss}")
+        check_between("label_smoothing", self.label_smoothing, 0, 1)
+        check_between("z_loss", self.z_loss, 0, math.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationOptions:
+    """What a student is asked to do. See :func:`crosscut.linear_kl_div`."""
+
+    divergence: Divergence = "forward"
+    beta: float = 0.5
+    temperature: float = 1.0
+    hard_weight: float = 0.0
+    reduction: Reduction = "mean"
+
+    def __post_init__(self) -> None:
+        _check_choice("divergence", self.divergence, DIVERGENCES)
+        _check_number("beta", self.beta, "a number between 0 and 1")
+        if not 0 < self.beta < 1:
+            raise ValueError(f"beta must be between 0 and 1, got {self.beta}")
+        check_positive("temperature", self.temperature)
+        check_between("hard_weight", self.hard_weight, 0, 1)
+        _check_choice("reduction", self.reduction, REDUCTIONS)
 
 
 def check_shift(shift: Any) -> None:
@@ -93,6 +117,28 @@ def check_integer(name: str, value: Any) -> None:
     """Raise TypeError unless ``value`` is an int."""
     if not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a positive finite number."""
+    _check_number(name, value, "a positive finite number")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive finite number, got {value}")
+
+
+def check_finite(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a finite number."""
+    _check_number(name, value, "a finite number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value}")
+
+
+def check_between(name: str, value: Any, least: float, most: float) -> None:
+    """Raise unless ``value`` is a number in ``[least, most]``."""
+    needed = f"a finite number >= {least}" if most == math.inf else f"in [{least}, {most}]"
+    _check_number(name, value, needed if most == math.inf else f"a number {needed}")
+    if not (least <= value <= most and value < math.inf):
+        raise ValueError(f"{name} must be {needed}, got {value}")
 
 
 def _check_number(name: str, value: Any, needed: str) -> None:

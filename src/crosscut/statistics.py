@@ -19,21 +19,35 @@ from crosscut.tokens import IGNORED
 class TokenStatistics:
     """What a linear head's softmax says of each token, in the shape of the targets.
 
-    All are float32 (float64 for float64 inputs), differentiable, and 0 where the target is
-    ignored.
+    Float32 (float64 for float64 inputs), differentiable, and 0 where the target is ignored, unless
+    said otherwise.
 
     Attributes:
         lse: log-sum-exp of the token's logits, in nats.
         target_logit: logit of the token's target.
+        entropy: of the softmax, ``-sum_v p_v log p_v`` in nats; None unless asked for.
+        argmax: the class of the highest logit, int64, -1 where the target is ignored; None unless
+            ranks were asked for.
+        target_rank: number of classes ahead of the target, int64, the number of all classes where
+            it is ignored; None unless ranks were asked for. Classes are sorted by descending
+            logit, equal ones by index: below k where the target is among the top k.
     """
 
     lse: Tensor
     target_logit: Tensor
+    entropy: Tensor | None = None
+    argmax: Tensor | None = None
+    target_rank: Tensor | None = None
 
     @property
     def log_prob(self) -> Tensor:
         """Log-probability of the target, in nats: ``target_logit - lse``."""
         return self.target_logit - self.lse
+
+    @property
+    def correct(self) -> Tensor | None:
+        """Whether the target is the argmax, bool; None unless ranks were asked for."""
+        return None if self.target_rank is None else self.target_rank == 0
 
 
 def cross_entropy(
@@ -68,11 +82,11 @@ def cross_entropy(
     return loss
 
 
-def reduce(loss: Tensor, labels: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """Sum the losses [N], or their mean over the tokens kept, weighted by their class weights."""
-    if reduction == "sum":
-        return loss.sum()
+def total_weight(labels: Tensor, weight: Tensor | None, token_weight: Tensor | None) -> Tensor:
+    """What a mean is taken over: the tokens kept, by their class and token weights [V], [N]."""
     kept = labels != IGNORED
-    if weight is None:
-        return loss.sum() / kept.sum()
-    return loss.sum() / torch.where(kept, weight[labels.clamp_min(0)], 0).sum()
+    if weight is not None:
+        kept = torch.where(kept, weight[labels.clamp_min(0)], 0)
+    if token_weight is not None:
+        kept = kept * token_weight
+    return kept.sum()

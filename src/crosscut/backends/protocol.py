@@ -22,10 +22,13 @@ class HeadProblem:
     Attributes:
         hidden: [N, D], any float dtype.
         classifier: [V, D], the same dtype.
-        bias: [V] of the same dtype, or None.
-        labels: [N] int64; a class, or -1 for a row that takes no part.
+        bias: [V] of the same dtype or that of the statistics, or None.
+        labels: [N] int64; a class, or -1 for a row that takes no part. Or [N, K], K targets a
+            token, each of them a class or -1: a row of nothing but -1 takes no part.
         logit_weight: [V], the weights of the logit sum; None if no one wants it.
         options: how the logits are made and the gradient may be computed.
+        entropy: whether the entropy is wanted.
+        ranks: whether argmax and target_rank are wanted; only for labels [N].
     """
 
     hidden: Tensor
@@ -34,6 +37,14 @@ class HeadProblem:
     labels: Tensor
     logit_weight: Tensor | None
     options: HeadOptions
+    entropy: bool = False
+    ranks: bool = False
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows that take part [R], in ascending order."""
+        kept = self.labels >= 0
+        return (kept if kept.dim() == 1 else kept.any(1)).nonzero().squeeze(1)
 
     @property
     def statistics_dtype(self) -> torch.dtype:
@@ -41,26 +52,73 @@ class HeadProblem:
         return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
 
 
+@dataclass(frozen=True, kw_only=True)
+class DistillationProblem:
+    """A student and its teacher: N tokens, V classes, each with a hidden size of its own.
+
+    Attributes:
+        student: the student's head, at the temperature of the divergence. Its labels say which
+            rows take part, and are the targets of the hard loss.
+        teacher: the teacher's head, at the same temperature.
+        divergence: ``"forward"``, ``"reverse"`` or ``"js"``.
+        beta: share of the teacher in the mixture of ``"js"``.
+        temperature: times the student's logits, these are the logits of the hard loss; None if
+            no one wants one.
+    """
+
+    student: HeadProblem
+    teacher: HeadProblem
+    divergence: str
+    beta: float
+    temperature: float | None
+
+
+class Divergences(NamedTuple):
+    """What a student's forward returns, [N] each, 0 at rows that take no part."""
+
+    divergence: Tensor
+    hard_lse: Tensor  # of the logits of the hard loss; [0] without one
+    target_logit: Tensor  # among them; [0] without a hard loss
+    student_lse: Tensor  # at the temperature of the divergence
+    teacher_lse: Tensor
+    center: Tensor  # what the divergence's slope has for mean under the student
+
+
 class Statistics(NamedTuple):
     """What a forward returns. [N] vectors are 0 at rows that take no part.
+
+    With ``p = exp(z - lse)`` the softmax, ``entropy = -sum_v p[n, v] log p[n, v]``. The rank of a
+    target is the number of classes that come before it where they are sorted by descending logit,
+    equal ones by index; ``argmax`` comes first. What was not asked for is [0].
 
     The last two say what the backward may leave out; they are empty where it computes everything.
     What they hold is the backend's own business.
     """
 
     lse: Tensor  # [N]
-    target_logit: Tensor  # [N]
+    target_logit: Tensor  # [N], or [N, K]: the shape of the labels
     logit_sum: Tensor  # [N], or [0] without logit_weight
+    entropy: Tensor  # [N] or [0]
+    argmax: Tensor  # [N] or [0], int64
+    target_rank: Tensor  # [N] or [0], int64
     column_mass: Tensor  # [filter blocks, V] or [0, V]
     tail_mass: Tensor  # [N] or [0]
 
 
 class Cotangents(NamedTuple):
-    """Gradients of the statistics, [N] each; ``logit_sum`` is None without logit_weight."""
+    """Gradients of the statistics, of the same shapes; None: it has none.
+
+    They come together in the gradient of the logits, with ``w`` the logit weight:
+
+        dz = p (lse - entropy (H + log p)) + target_logit onehot + logit_sum w
+
+    ``log p = z - lse`` and H the entropy itself: ``p (a + b z)`` with two numbers a token.
+    """
 
     lse: Tensor
     target_logit: Tensor
     logit_sum: Tensor | None
+    entropy: Tensor | None
 
 
 class Needs(NamedTuple):

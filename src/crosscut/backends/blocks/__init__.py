@@ -12,6 +12,7 @@ import torch
 
 from crosscut.backends.blocks.backward import compute_gradients
 from crosscut.backends.blocks.forward import BLOCK_N, KEPT, column_blocks, compute_statistics
+from crosscut.backends.blocks.logits import check_labels
 from crosscut.backends.blocks.tile_filter import tile_filtered_backward
 from crosscut.backends.protocol import Cotangents, Gradients, HeadProblem, Needs, Statistics
 
@@ -26,10 +27,12 @@ class BlocksBackend:
     def why_not(self, problem: HeadProblem) -> str | None:
         if problem.hidden.dtype not in _DTYPES:
             return f"needs bfloat16, float16, float32 or float64, got {problem.hidden.dtype}"
+        if problem.labels.dim() > 1 and problem.options.policy.startswith("cce"):
+            return f"serves one target a token under policy {problem.options.policy!r}"
         return None
 
     def forward(self, problem: HeadProblem, *, for_backward: bool) -> Statistics:
-        _check_labels(problem)
+        check_labels(problem)
         filtered = for_backward and _filters_columns(problem)
         return compute_statistics(problem, filter_columns=filtered)
 
@@ -42,8 +45,11 @@ class BlocksBackend:
 
         return Statistics(
             lse=new(num_tokens),
-            target_logit=new(num_tokens),
+            target_logit=new(*problem.labels.shape),
             logit_sum=new(0 if problem.logit_weight is None else num_tokens),
+            entropy=new(num_tokens if problem.entropy else 0),
+            argmax=problem.labels.new_empty(num_tokens if problem.ranks else 0),
+            target_rank=problem.labels.new_empty(num_tokens if problem.ranks else 0),
             column_mass=new(column_blocks(num_tokens) if filtered else 0, num_classes),
             tail_mass=new(num_tokens if filtered else 0),
         )
@@ -56,7 +62,7 @@ class BlocksBackend:
         return compute_gradients(problem, statistics, cotangents, needs)
 
     def sparsity(self, problem: HeadProblem, statistics: Statistics) -> tuple[float, float]:
-        rows = (problem.labels >= 0).nonzero().squeeze(1)
+        rows = problem.rows
         if not len(rows) or not _filters_columns(problem):
             return 1.0, 0.0
         kept = (statistics.column_mass == KEPT).double().mean(1)[: column_blocks(len(rows))]
@@ -75,13 +81,3 @@ def _filters_columns(problem: HeadProblem) -> bool:
     low_precision = problem.hidden.dtype in (torch.bfloat16, torch.float16)
     policy = problem.options.policy
     return policy == "filtered" or (policy == "auto" and low_precision)
-
-
-def _check_labels(problem: HeadProblem) -> None:
-    """Raise for a label out of range, where looking costs no synchronisation."""
-    labels, num_classes = problem.labels, problem.classifier.shape[0]
-    if labels.device.type == "cpu" and labels.numel() and labels.max() >= num_classes:
-        raise IndexError(
-            f"target has a class out of range: classes must be in [0, {num_classes}), "
-            "or ignore_index"
-        )

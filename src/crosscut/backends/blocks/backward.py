@@ -6,8 +6,11 @@ With ``g_lse`` and ``g_target`` the cotangents of a token's lse and target_logit
     dz[n, v] = g_lse[n] * p[n, v] + g_target[n] * [v = y_n]
     dH = dz C        dC = dz^T H        d_bias = sum_n dz
 
-times the derivatives of softcap and scale. A token's label is where most of its gradient is. Its
-entry of dz is taken out of the sums over many, and added to their results: rounded once.
+times the derivatives of softcap and scale. A cotangent g_entropy of the entropy H adds
+``-g_entropy[n] * p[n, v] * (H[n] + log p[n, v])``, several labels a token add their onehots.
+
+A token's label is where most of its gradient is. Its entry of dz is taken out of the sums over
+many, and added to their results: rounded once.
 
 The columns of each block of tokens are of three kinds:
 
@@ -18,7 +21,9 @@ The columns of each block of tokens are of three kinds:
             and column sums:
             dH += (g_lse tail_mass / total) x (column_mass C)
             dC += column_mass x ((g_lse tail_mass / total) H)
-    dense   the rest, where it did not: swept block by block in the dtype of fast matmuls.
+    dense   the rest, where it did not: swept block by block in the dtype of fast matmuls. Also
+            wherever the entropy has a cotangent: p log p is large where p no longer is, and no
+            sums of it are at hand to stand for a tail.
 
 The loop is over blocks of classes: the gradient of a block's classifier rows is complete when the
 block is left and is rounded to the output's dtype once. Only dH accumulates across blocks, in
@@ -34,7 +39,13 @@ import torch
 from torch import Tensor
 
 from crosscut.backends.blocks.forward import BLOCK_N, KEPT
-from crosscut.backends.blocks.logits import LogitBlocks, take_rows
+from crosscut.backends.blocks.logits import (
+    LogitBlocks,
+    as_matrix,
+    find_labels,
+    softmax_gradient,
+    take_rows,
+)
 from crosscut.backends.protocol import Cotangents, Gradients, HeadProblem, Needs, Statistics
 
 WORKSPACE = 2**22
@@ -60,16 +71,33 @@ class _Tokens:
 
     rows: Tensor  # into [N]
     hidden: Tensor  # [n, D]
-    labels: Tensor
+    labels: Tensor  # [P] the labels of all, each once a token; ascending in ``owners``
+    owners: Tensor  # [P] whose label it is, into [n]
+    d_target: Tensor  # [P]
+    dz_label: Tensor  # [P] dz at the label, once its class was visited
     lse: Tensor
     d_lse: Tensor
-    d_target: Tensor
+    entropy: Tensor | None
+    d_entropy: Tensor | None
     d_sum: Tensor | None
     kept: Tensor  # classes, sorted
     column_mass: Tensor | None  # [V]: KEPT, or the mass of a column of the tail. None: dense
     tail_mass: Tensor | None
     d_hidden: Tensor  # [n, D], accumulates
-    dz_label: Tensor  # dz at the label, once its class was visited
+
+    def entropy_of(self, part: slice) -> tuple[Tensor | None, Tensor | None]:
+        """The entropies of some tokens and their cotangents; None where there is none."""
+        if self.entropy is None or self.d_entropy is None:
+            return None, None
+        return self.entropy[part], self.d_entropy[part]
+
+    def labels_of(self, part: slice) -> slice:
+        """Where the labels of some tokens are in the vectors [P]."""
+        if len(self.labels) == len(self.rows):  # one each
+            return part
+        bounds = self.owners.new_tensor([part.start or 0, part.stop or len(self.rows)])
+        first, last = torch.searchsorted(self.owners, bounds).tolist()
+        return slice(first, last)
 
 
 def _group(
@@ -84,30 +112,36 @@ def _group(
     def kept(labels: Tensor, column_mass: Tensor | None) -> Tensor:
         if column_mass is not None:
             return (column_mass == KEPT).nonzero().squeeze(1)
-        return labels[:0] if dense_is_full else labels.unique()
+        several = problem.labels.dim() > 1  # and then too many to gather them all
+        return labels[:0] if dense_is_full or several else labels.unique()
 
     def group(rows: Tensor, column_mass: Tensor | None) -> _Tokens:
-        labels = problem.labels[rows]
+        labels, owners, d_target = _distinct_labels(
+            as_matrix(problem.labels[rows]), as_matrix(cotangents.target_logit[rows])
+        )
         sparse = column_mass is not None
-        d_sum = cotangents.logit_sum
+        d_entropy, d_sum = cotangents.entropy, cotangents.logit_sum
         return _Tokens(
             rows=rows,
             hidden=take_rows(problem.hidden, rows),
             labels=labels,
+            owners=owners,
+            d_target=d_target,
+            dz_label=torch.zeros_like(d_target),
             lse=statistics.lse[rows],
             d_lse=cotangents.lse[rows],
-            d_target=cotangents.target_logit[rows],
+            entropy=None if d_entropy is None else statistics.entropy[rows],
+            d_entropy=None if d_entropy is None else d_entropy[rows],
             d_sum=None if d_sum is None else d_sum[rows],
             kept=kept(labels, column_mass),
             column_mass=column_mass,
             tail_mass=statistics.tail_mass[rows] if sparse else None,
             d_hidden=statistics.lse.new_zeros(len(rows), problem.hidden.shape[1]),
-            dz_label=torch.zeros_like(statistics.lse[rows]),
         )
 
     groups, dense = [], []
-    filtered = statistics.column_mass.shape[0] > 0
-    rows = (problem.labels >= 0).nonzero().squeeze(1)
+    filtered = statistics.column_mass.shape[0] > 0 and cotangents.entropy is None
+    rows = problem.rows
     for index, block in enumerate(rows.split(BLOCK_N) if len(rows) else ()):
         if filtered and (statistics.column_mass[index] != KEPT).any():
             groups.append(group(block, statistics.column_mass[index]))
@@ -147,15 +181,6 @@ class _Sweep:
 
         for tokens in self.groups:
             kept = tokens.kept[(tokens.kept >= classes.start) & (tokens.kept < classes.stop)]
-            for part in _parts(len(tokens.rows) if len(kept) else 0):
-                hidden = tokens.hidden[part].to(self.logits.dtype)
-                rows = self.problem.classifier[kept].to(self.logits.dtype)
-                dz = self._dz(kept, rows, hidden, tokens, part)  # [kept, n]
-                if self.needs.hidden:
-                    _add_product(tokens.d_hidden[part], dz.t(), rows)
-                if d_classifier is not None:
-                    d_classifier.index_add_(0, kept - classes.start, dz @ hidden)
-                d_bias.index_add_(0, kept - classes.start, dz.sum(1))
             if tokens.column_mass is None:
                 hidden, part = tokens.hidden.to(self.logits.fast), slice(None)
                 dz = self._dz(classes, classifier, hidden, tokens, part)  # [BLOCK_V, n]
@@ -166,7 +191,16 @@ class _Sweep:
                     _add_product(tokens.d_hidden, dz.t(), classifier)
                 if d_classifier is not None:
                     _add_product(d_classifier, dz, hidden)
-
+            # After the dense sweep, whose gradients at the labels are the less precise ones.
+            for part in _parts(len(tokens.rows) if len(kept) else 0):
+                hidden = tokens.hidden[part].to(self.logits.dtype)
+                rows = self.problem.classifier[kept].to(self.logits.dtype)
+                dz = self._dz(kept, rows, hidden, tokens, part)  # [kept, n]
+                if self.needs.hidden:
+                    _add_product(tokens.d_hidden[part], dz.t(), rows)
+                if d_classifier is not None:
+                    d_classifier.index_add_(0, kept - classes.start, dz @ hidden)
+                d_bias.index_add_(0, kept - classes.start, dz.sum(1))
             self._add_labels(classes, tokens, d_classifier, d_bias)
 
         if self.d_classifier is not None and d_classifier is not None:
@@ -184,9 +218,10 @@ class _Sweep:
             d_hidden = self.problem.hidden.new_zeros(self.problem.hidden.shape)
             self.low_rank.add_to_d_hidden()
             for tokens in self.groups:
-                for part in _parts(len(tokens.rows)):
+                for part in _parts(len(tokens.labels)):
                     rows = self.problem.classifier[tokens.labels[part]].to(self.logits.dtype)
-                    tokens.d_hidden[part].addcmul_(rows, tokens.dz_label[part][:, None])
+                    rows *= tokens.dz_label[part][:, None]
+                    _add_rows(tokens.d_hidden, tokens.owners[part], rows)
                 tokens.d_hidden.mul_(self.logits.scale)
                 d_hidden.index_copy_(0, tokens.rows, tokens.d_hidden.to(d_hidden))
         return Gradients(d_hidden, self.d_classifier, self.d_bias)
@@ -194,7 +229,7 @@ class _Sweep:
     def _add_labels(
         self, classes: slice, tokens: _Tokens, d_classifier: Tensor | None, d_bias: Tensor
     ) -> None:
-        """Each token's gradient at its label, to the rows of a block of classes."""
+        """Each token's gradient at its labels, to the rows of a block of classes."""
         labels = tokens.labels
         mine = ((labels >= classes.start) & (labels < classes.stop)).nonzero().squeeze(1)
         for part in _parts(len(mine)):
@@ -203,7 +238,7 @@ class _Sweep:
             sums = torch.zeros_like(d_bias, dtype=self.logits.wide)
             d_bias += _add_rows(sums, index, dz.to(sums)).to(d_bias)
             if d_classifier is not None:
-                hidden = tokens.hidden[mine[part]].to(self.logits.dtype)
+                hidden = tokens.hidden[tokens.owners[mine[part]]].to(self.logits.dtype)
                 _add_rows(d_classifier, index, hidden * dz[:, None])
 
     def _rows_to_fill(self, classes: slice) -> Tensor | None:
@@ -227,21 +262,16 @@ class _Sweep:
         bias = None if problem.bias is None else problem.bias[classes]
         dz = logits.block(classifier, bias, hidden, lse)
         slope = logits.slope(dz, lse)
-        dz.exp_().mul_(tokens.d_lse[part])
-        labels = tokens.labels[part]
-        if isinstance(classes, slice):
-            row = labels - classes.start
-            mine = ((row >= 0) & (labels < classes.stop)).nonzero().squeeze(1)
-        else:
-            row = torch.searchsorted(classes, labels).clamp_max(len(classes) - 1)
-            mine = (classes[row] == labels).nonzero().squeeze(1)
-        at_label = row[mine], mine
-        dz[at_label] += tokens.d_target[part][mine]
+        dz = softmax_gradient(dz, tokens.d_lse[part], *tokens.entropy_of(part))
+        pairs = tokens.labels_of(part)
+        row, mine = find_labels(classes, len(dz), tokens.labels[pairs])
+        at_label = row, tokens.owners[pairs][mine] - (part.start or 0)
+        dz[at_label] += tokens.d_target[pairs][mine]
         if slope is not None:
             if tokens.d_sum is not None and problem.logit_weight is not None:
                 dz.addr_(problem.logit_weight[classes].to(dz), tokens.d_sum[part])
             dz.mul_(slope)
-        tokens.dz_label[part][mine] = dz[at_label]
+        tokens.dz_label[pairs][mine] = dz[at_label]
         dz[at_label] = 0
         return dz
 
@@ -298,6 +328,18 @@ class _LowRank:
     def add_to_d_hidden(self) -> None:
         for tokens, row, across_tokens in self.terms:
             tokens.d_hidden.addr_(across_tokens, self.times_classifier[row])
+
+
+def _distinct_labels(labels: Tensor, d_target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels [n, K] as a list [P], each once a token, with their tokens and summed cotangents."""
+    owners, column = (labels >= 0).nonzero(as_tuple=True)
+    classes, d_target = labels[owners, column], d_target[owners, column]
+    if labels.shape[1] > 1:
+        span = int(labels.max()) + 1
+        pairs, inverse = (owners * span + classes).unique(return_inverse=True)
+        owners, classes = pairs // span, pairs % span
+        d_target = _add_rows(d_target.new_zeros(len(pairs)), inverse, d_target)
+    return classes, owners, d_target
 
 
 def _parts(length: int) -> Iterator[slice]:

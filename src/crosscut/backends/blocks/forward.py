@@ -2,6 +2,7 @@
 
     target_logit[n] = z[n, y_n]                     (1) indexed matmul, O(N) memory
     lse[n]          = log sum_v exp z[n, v]         (2) swept over the vocabulary, O(N) memory
+    entropy[n]      = lse[n] - sum_v p[n, v] z[n, v]    likewise, where asked for
 
 The sweep goes over blocks of BLOCK_V classes and BLOCK_N tokens. Each block is made, reduced to a
 sum of exponentials a token, and dropped. 2NVD flop.
@@ -32,7 +33,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from crosscut.backends.blocks.logits import LogitBlocks, take_rows
+from crosscut.backends.blocks.logits import (
+    NEGLIGIBLE,
+    LogitBlocks,
+    as_matrix,
+    find_labels,
+    take_rows,
+)
 from crosscut.backends.protocol import HeadProblem, Statistics
 
 BLOCK_N = 1024
@@ -63,7 +70,7 @@ def column_blocks(num_tokens: int) -> int:
 
 def compute_statistics(problem: HeadProblem, *, filter_columns: bool) -> Statistics:
     """The statistics of every row that takes part; zeros elsewhere."""
-    rows = (problem.labels >= 0).nonzero().squeeze(1)  # [R]
+    rows = problem.rows
     sweep = _Sweep(problem, rows, filter_columns=filter_columns)
     if len(rows):
         sweep.visit_scouts()
@@ -71,15 +78,20 @@ def compute_statistics(problem: HeadProblem, *, filter_columns: bool) -> Statist
             sweep.visit(start)
 
     def scatter(values: Tensor) -> Tensor:
-        return values.new_zeros(problem.labels.shape).index_copy_(0, rows, values)
+        shape = (len(problem.labels), *values.shape[1:])
+        return values.new_zeros(shape).index_copy_(0, rows, values)
 
     def none() -> Tensor:
-        return sweep.target_logit.new_empty(0)
+        return sweep.lse.new_empty(0, dtype=dtype)
 
+    dtype = problem.statistics_dtype
     return Statistics(
-        lse=scatter(sweep.lse.to(sweep.target_logit)),
-        target_logit=scatter(sweep.target_logit),
+        lse=scatter(sweep.lse.to(dtype)),
+        target_logit=scatter(sweep.target_logit.view(-1, *problem.labels.shape[1:])),
         logit_sum=none() if problem.logit_weight is None else scatter(sweep.finish_logit_sum()),
+        entropy=scatter(sweep.finish_entropy().to(dtype)) if problem.entropy else none(),
+        argmax=scatter(sweep.finish_argmax()) if problem.ranks else rows[:0].clone(),
+        target_rank=scatter(sweep.target_rank) if problem.ranks else rows[:0].clone(),
         column_mass=sweep.column_mass,
         tail_mass=scatter(sweep.settle_tail()) if filter_columns else none(),
     )
@@ -92,16 +104,22 @@ class _Sweep:
         self.problem = problem
         self.logits = LogitBlocks(problem)
         self.num_classes = problem.classifier.shape[0]
-        self.labels = problem.labels[rows]
+        self.labels = as_matrix(problem.labels[rows])  # [R, K], some of them -1
         self.token_blocks = rows.split(BLOCK_N) if len(rows) else ()
 
         zeros = torch.zeros(rows.shape, dtype=self.logits.dtype, device=rows.device)
         # Rounded once, in the end: a float32 near 10 is off by 5e-7 each time it is added to.
         self.lse = torch.full_like(zeros, -math.inf, dtype=self.logits.wide)
-        self.target_logit = self._indexed_matmul(zeros.clone())
+        self.mean_logit = torch.zeros_like(self.lse)  # under the running softmax, for the entropy
+        self.target_logit = self._indexed_matmul()  # [R, K]
         # What the next block is made relative to: the running log-sum-exp, and before there is
-        # one the target's logit. Always finite.
-        self.reference = torch.where(self.target_logit.isfinite(), self.target_logit, 0)
+        # one the highest of the targets' logits. Always finite.
+        highest = self.target_logit.masked_fill(self.labels < 0, -math.inf).amax(1)
+        self.reference = torch.where(highest.isfinite(), highest, 0)
+
+        self.target_rank = torch.zeros_like(rows)
+        self.best_class = torch.zeros_like(rows)  # of all but the target
+        self.best_logit = torch.full_like(self.lse, -math.inf)
 
         self.weight = problem.logit_weight
         self.logit_sum = zeros.clone()  # with a softcap; otherwise a single product at the end
@@ -110,13 +128,14 @@ class _Sweep:
         self.filter_columns = filter_columns
         wants_scouts = filter_columns or self.logits.fast != self.logits.dtype
         most = min(MAX_SCOUTS, self.num_classes // 16) if wants_scouts else 0
-        self.scouts = _most_frequent(self.labels, most)  # sorted
+        self.scouts = _most_frequent(self.labels[self.labels >= 0], most)  # sorted
         blocks = column_blocks(problem.labels.shape[0]) if filter_columns else 0
         self.column_mass = zeros.new_zeros(blocks, self.num_classes)
         self.column_mass[:, self.scouts] = KEPT
         if filter_columns:
             for index, part, _ in self._tokens():
-                self.column_mass[index, self.labels[part]] = KEPT
+                labels = self.labels[part]
+                self.column_mass[index, labels[labels >= 0]] = KEPT
         self.log_tail: list[Tensor] = []  # of each block of classes, [R]
 
     def visit_scouts(self) -> None:
@@ -124,23 +143,18 @@ class _Sweep:
         for classes in self.scouts.split(BLOCK_V // 4) if len(self.scouts) else ():
             classifier = self.problem.classifier[classes].to(self.logits.dtype)
             for _, part, hidden in self._tokens():
-                block, _, reference = self._exponentials(
-                    classes, classifier, hidden.to(classifier), part
-                )
-                self._add_to_lse(block, reference, part)
+                self._reduce(classes, classifier, hidden.to(classifier), part, self.scouts[:0])
 
     def visit(self, start: int) -> None:
         """One block of classes, less the scouts; every token, BLOCK_N at a time."""
         classes = slice(start, start + BLOCK_V)
         classifier = self.problem.classifier[classes].to(self.logits.fast)  # [BLOCK_V, D]
         scouts = self.scouts[(self.scouts >= start) & (self.scouts < start + BLOCK_V)] - start
-        log_tail = torch.full_like(self.target_logit, -math.inf)
+        log_tail = torch.full_like(self.reference, -math.inf)
         for index, part, hidden in self._tokens():
-            block, slope, reference = self._exponentials(
-                classes, classifier, hidden.to(classifier), part
+            block, slope, reference = self._reduce(
+                classes, classifier, hidden.to(classifier), part, scouts
             )  # [BLOCK_V, BLOCK_N]
-            block.index_fill_(0, scouts, 0)
-            self._add_to_lse(block, reference, part)
             if self.filter_columns:
                 if slope is not None:
                     block.mul_(slope)
@@ -164,7 +178,7 @@ class _Sweep:
     def settle_tail(self) -> Tensor:
         """Tail mass [R] under the final lse; column masses rescaled to it, or all kept."""
         if not self.log_tail:
-            return self.target_logit.clone()
+            return torch.zeros_like(self.reference)
         tails = (torch.stack(self.log_tail) - self.lse).exp().to(self.column_mass)  # [-, R]
         tail_mass = tails.sum(0)
         for index, part, _ in self._tokens():
@@ -191,29 +205,40 @@ class _Sweep:
                 self.logit_sum += (self.weight * self.problem.bias).sum()
         return self.logit_sum
 
+    def finish_entropy(self) -> Tensor:
+        """``-sum_v p log p`` of each row [R]."""
+        return (self.lse - self.mean_logit).clamp_min_(0)
+
+    def finish_argmax(self) -> Tensor:
+        """The class that is sorted first, of each row [R]."""
+        return torch.where(self.target_rank == 0, self.labels[:, 0], self.best_class)
+
     def _tokens(self) -> Iterator[tuple[int, slice, Tensor]]:
         """Number, slice of the [R] vectors, and hidden states [n, D] of each block of tokens."""
         for index, rows in enumerate(self.token_blocks):
             first = index * BLOCK_N
             yield index, slice(first, first + len(rows)), take_rows(self.problem.hidden, rows)
 
-    def _indexed_matmul(self, target_logit: Tensor) -> Tensor:
-        """Algorithm 1: each hidden state times the classifier row of its label."""
+    def _indexed_matmul(self) -> Tensor:
+        """Algorithm 1: each hidden state times the classifier rows of its labels, [R, K]."""
+        target_logit = torch.zeros_like(self.labels, dtype=self.logits.dtype)
         for _, part, hidden in self._tokens():
-            labels = self.labels[part]
             # A loss may be far smaller than the two numbers it is the difference of.
-            products = (hidden.to(self.logits.wide) * self.problem.classifier[labels]).sum(1)
-            bias = None if self.problem.bias is None else self.problem.bias[labels]
-            target_logit[part] = self.logits.activate(products, bias).to(target_logit)
-        return target_logit
+            wide = hidden.to(self.logits.wide)
+            for k, labels in enumerate(self.labels[part].clamp_min(0).t()):
+                products = (wide * self.problem.classifier[labels]).sum(1)
+                bias = None if self.problem.bias is None else self.problem.bias[labels]
+                logit = self.logits.activate(products, bias)
+                target_logit[part, k] = logit.to(target_logit)
+        return target_logit.masked_fill_(self.labels < 0, 0)
 
-    def _exponentials(
-        self, classes: slice | Tensor, classifier: Tensor, hidden: Tensor, part: slice
+    def _reduce(
+        self, classes: slice | Tensor, classifier: Tensor, hidden: Tensor, part: slice, seen: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """One block of Algorithm 2, before its sum: ``exp(logits - reference)``.
+        """One block of Algorithm 2, added to the running sums; without its rows ``seen`` before.
 
-        Returns the exponentials [v, n], the slope of the softcap where the column filter wants
-        it, and the reference [n].
+        Returns the exponentials of ``logits - reference`` [v, n], the slope of the softcap where
+        the column filter wants it, and the reference [n].
         """
         bias = None if self.problem.bias is None else self.problem.bias[classes]
         reference = self.reference[part].clone()  # no view: the original is about to move on
@@ -221,10 +246,43 @@ class _Sweep:
         if not block.amax() < OVERFLOW:
             block = self._move_to_highest(reference, block, classifier, bias, hidden)
         if self.weight is not None and self.logits.softcap is not None:
-            weight = self.weight[classes].to(block)
+            weight = self.weight[classes].to(block).index_fill(0, seen, 0)
             self.logit_sum[part] += weight @ block + weight.sum() * reference
         slope = self.logits.slope(block, reference) if self.filter_columns else None
-        return block.exp_(), slope, reference
+        block.index_fill_(0, seen, -math.inf)
+        if self.problem.ranks:
+            self._rank(classes, block, reference, part)
+        if not self.problem.entropy:
+            exponentials = block.exp_()
+            self._add_to_lse(exponentials.sum(0), reference, part)
+        else:
+            exponentials = block.exp()
+            weighted = block.clamp_min_(NEGLIGIBLE).mul_(exponentials).sum(0)
+            self._add_to_lse(exponentials.sum(0), reference, part, weighted)
+        return exponentials, slope, reference
+
+    def _rank(self, classes: slice | Tensor, block: Tensor, reference: Tensor, part: slice) -> None:
+        """Count the classes of a block ahead of the target, and find the best but the target.
+
+        The target's own logit is that of the indexed matmul, which is the more precise one.
+        """
+        labels = self.labels[part, 0]
+        target = self.target_logit[part, 0] - reference
+        if isinstance(classes, slice):
+            index = torch.arange(classes.start, classes.start + len(block), device=block.device)
+        else:
+            index = classes
+        own = find_labels(classes, len(block), labels)
+        kept = block[own]
+        block[own] = -math.inf
+        ahead = (block == target).logical_and_(index[:, None] < labels).logical_or_(block > target)
+        self.target_rank[part] += ahead.sum(0)
+        highest, row = block.max(0)
+        logit, best = highest.to(self.lse) + reference, self.best_logit[part]
+        better = (logit > best) | ((logit == best) & (index[row] < self.best_class[part]))
+        self.best_logit[part] = torch.where(better, logit, best)
+        self.best_class[part] = torch.where(better, index[row], self.best_class[part])
+        block[own] = kept
 
     def _move_to_highest(
         self,
@@ -249,9 +307,19 @@ class _Sweep:
             block = self.logits.block(classifier, bias, hidden, reference)
         return block
 
-    def _add_to_lse(self, exponentials: Tensor, reference: Tensor, part: slice) -> None:
-        block_lse = reference.to(self.lse) + exponentials.sum(0).to(self.lse).log()
+    def _add_to_lse(
+        self, sums: Tensor, reference: Tensor, part: slice, weighted: Tensor | None = None
+    ) -> None:
+        """Add a block, given ``sum_v e`` and ``sum_v e (z - reference)``, [n], of its e = exp(z -
+        reference).
+        """
+        sums = sums.to(self.lse)
+        block_lse = reference.to(self.lse) + sums.log()
         lse = torch.logaddexp(self.lse[part], block_lse)
+        if weighted is not None:
+            mean, block_mean = self.mean_logit[part], reference + weighted / sums
+            moved = mean + (block_lse - lse).exp() * (block_mean - mean)
+            self.mean_logit[part] = torch.where(sums > 0, moved, mean)
         self.lse[part] = lse
         self.reference[part] = torch.where(lse.isfinite(), lse.to(reference), self.reference[part])
 

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from crosscut.backends.protocol import HeadProblem
 
+NEGLIGIBLE = -1e4
+"""The logarithm of a softmax that is 0 in every dtype: stands for -inf, where 0 * inf would be."""
+
 
 def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype whose matmul is fast on the device and wide enough for inputs of ``dtype``.
@@ -38,11 +41,61 @@ def _has_bfloat16(device: torch.device) -> bool:
     return True
 
 
+def check_labels(problem: HeadProblem) -> None:
+    """Raise for a label out of range, where looking costs no synchronisation."""
+    labels, num_classes = problem.labels, problem.classifier.shape[0]
+    if labels.device.type == "cpu" and labels.numel() and labels.max() >= num_classes:
+        raise IndexError(
+            f"target has a class out of range: classes must be in [0, {num_classes}), "
+            "or ignore_index"
+        )
+
+
 def take_rows(values: Tensor, rows: Tensor) -> Tensor:
     """``values[rows]``; a view where the rows, in ascending order, have no gap."""
     if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
         return values.narrow(0, int(rows[0]), len(rows))
     return values[rows]
+
+
+def as_matrix(values: Tensor) -> Tensor:
+    """``[n]`` to ``[n, 1]``; ``[n, K]`` stays."""
+    return values.view(len(values), values.shape[1:].numel())
+
+
+def find_labels(classes: slice | Tensor, num_classes: int, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Which labels are among some classes: the place of each in them, and in ``labels``.
+
+    Args:
+        classes: a slice, or sorted classes [v].
+        num_classes: v.
+        labels: [n]; a negative one is nowhere.
+    """
+    if isinstance(classes, slice):
+        row = labels - classes.start
+        mine = (row >= 0) & (row < num_classes)
+    else:
+        row = torch.searchsorted(classes, labels).clamp_max(num_classes - 1)
+        mine = classes[row] == labels
+    mine = mine.nonzero().squeeze(1)
+    return row[mine], mine
+
+
+def softmax_gradient(
+    log_p: Tensor, d_lse: Tensor, entropy: Tensor | None, d_entropy: Tensor | None
+) -> Tensor:
+    """``p (d_lse - d_entropy (H + log p))`` of a block, [v, n]: dz, but for target and logit sum.
+
+    Args:
+        log_p: logits less the log-sum-exp, [v, n]; overwritten.
+        d_lse: [n].
+        entropy: H, [n]; needed with d_entropy.
+        d_entropy: [n], or None for zeros.
+    """
+    if entropy is None or d_entropy is None:
+        return log_p.exp_().mul_(d_lse)
+    p = log_p.exp()
+    return log_p.clamp_min_(NEGLIGIBLE).add_(entropy).mul_(-d_entropy).add_(d_lse).mul_(p)
 
 
 class LogitBlocks:
@@ -63,7 +116,12 @@ class LogitBlocks:
         self._plain = self.scale == 1 and self.softcap is None and problem.bias is None
 
     def block(
-        self, classifier: Tensor, bias: Tensor | None, hidden: Tensor, reference: Tensor
+        self,
+        classifier: Tensor,
+        bias: Tensor | None,
+        hidden: Tensor,
+        reference: Tensor,
+        center: Tensor | None = None,
     ) -> Tensor:
         """``logits - reference`` of v classes and n tokens, [v, n].
 
@@ -72,15 +130,18 @@ class LogitBlocks:
             bias: [v] or None.
             hidden: [n, D], in the same dtype.
             reference: [n].
+            center: the logit at which rounding is to be finest, [n]; the reference if None.
         """
-        center = reference if self._plain else self._before_softcap(reference)
-        center = center.to(hidden.dtype)  # what the matmul can subtract before it rounds
-        block = F.linear(classifier, hidden, -center).to(self.dtype)  # [v, n]
-        center = center.to(self.dtype)
+        exact = center is None and hidden.dtype == self.dtype
+        finest = reference if center is None else center
+        low = finest if self._plain else self._before_softcap(finest)
+        low = low.to(hidden.dtype)  # what the matmul can subtract before it rounds
+        block = F.linear(classifier, hidden, -low).to(self.dtype)  # [v, n]
+        subtracted = low.to(self.dtype)
         if not self._plain:
-            self.activate(block.add_(center), None if bias is None else bias[:, None])
+            self.activate(block.add_(subtracted), None if bias is None else bias[:, None])
             return block.sub_(reference)
-        return block if hidden.dtype == self.dtype else block.add_(center - reference)
+        return block if exact else block.add_(subtracted - reference)
 
     def activate(self, products: Tensor, bias: Tensor | None) -> Tensor:
         """Dot products of hidden states and classifier rows to logits, in place."""
@@ -99,7 +160,11 @@ class LogitBlocks:
         return (block + reference).div_(self.softcap).square_().neg_().add_(1)
 
     def _before_softcap(self, logit: Tensor) -> Tensor:
-        """The dot product whose logit this is, bias aside: where rounding should be finest."""
+        """The dot product whose logit this is, bias aside: where rounding should be finest.
+
+        Not further than 0.97 softcaps: beyond, the slope of the softcap shrinks every error, and
+        a log-sum-exp near the softcap says nothing of where the dot products are.
+        """
         if self.softcap is not None:
-            logit = self.softcap * torch.atanh((logit / self.softcap).clamp(-0.99, 0.99))
+            logit = self.softcap * torch.atanh((logit / self.softcap).clamp(-0.75, 0.75))
         return logit / self.scale if self.scale else torch.zeros_like(logit)

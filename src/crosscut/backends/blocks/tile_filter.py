@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crosscut.backends.blocks.logits import LogitBlocks, take_rows
+from crosscut.backends.blocks.logits import LogitBlocks, softmax_gradient, take_rows
 from crosscut.backends.protocol import Cotangents, Gradients, HeadProblem, Needs, Statistics
 
 TILE = 128
@@ -32,7 +32,7 @@ def tile_filtered_backward(
     policy = problem.options.policy
     logits = LogitBlocks(problem)
     hidden, classifier = problem.hidden, problem.classifier
-    rows = (problem.labels >= 0).nonzero().squeeze(1)
+    rows = problem.rows
     order = _by_mean_logit(problem, rows)
 
     def accumulator(like: Tensor) -> Tensor:
@@ -42,6 +42,11 @@ def tile_filtered_backward(
     d_classifier = classifier.new_empty(classifier.shape)
     d_bias = None if problem.bias is None else torch.empty_like(problem.bias)
 
+    def entropy_of(tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if cotangents.entropy is None:
+            return None, None
+        return statistics.entropy[tokens], cotangents.entropy[tokens]
+
     for classes in order.split(BLOCK_V):
         c = classifier[classes].to(logits.fast)  # [BLOCK_V, D]
         bias = None if problem.bias is None else problem.bias[classes]
@@ -49,17 +54,20 @@ def tile_filtered_backward(
         d_b = torch.zeros(len(classes), dtype=logits.dtype, device=c.device)
         for tokens in rows.split(BLOCK_N) if len(rows) else ():
             h = take_rows(hidden, tokens).to(logits.fast)  # [BLOCK_N, D]
-            lse = statistics.lse[tokens]
+            lse, d_lse = statistics.lse[tokens], cotangents.lse[tokens]
             z = logits.block(c, bias, h, lse)  # less lse, [BLOCK_V, BLOCK_N]
             slope = logits.slope(z, lse)
-            p = z.exp_()
+            p = z.exp()
             onehot = classes[:, None] == problem.labels[tokens]
 
-            dz = p * cotangents.lse[tokens] + onehot * cotangents.target_logit[tokens]
+            dz = softmax_gradient(z, d_lse, *entropy_of(tokens))
+            dz += onehot * cotangents.target_logit[tokens]
             alive = _alive_tiles(p.sub_(onehot.to(p)).abs_())  # [BLOCK_V, BLOCK_N]
             if cotangents.logit_sum is not None and problem.logit_weight is not None:
                 dz.addr_(problem.logit_weight[classes].to(dz), cotangents.logit_sum[tokens])
                 alive.fill_(True)  # its gradient is spread over every logit
+            if cotangents.entropy is not None:
+                alive.fill_(True)  # p log p is large where p no longer is
             if slope is not None:
                 dz.mul_(slope)
             filtered = torch.where(alive, dz, 0)

@@ -41,6 +41,10 @@ class TritonBackend:
             return "needs Triton, which is not installed"
         if problem.hidden.dtype not in _DTYPES:
             return f"needs bfloat16, float16 or float32, got {problem.hidden.dtype}"
+        if problem.entropy or problem.ranks:
+            return "serves no entropy and no ranks"
+        if problem.labels.dim() > 1:
+            return "serves one target a token"
         if problem.options.policy == "filtered" and problem.hidden.dtype == torch.float32:
             return "serves policy 'filtered' in bfloat16 and float16 only"
         if device.type != "cuda":
@@ -76,6 +80,9 @@ class TritonBackend:
             lse=new(num_tokens),
             target_logit=new(num_tokens),
             logit_sum=new(0 if problem.logit_weight is None else num_tokens),
+            entropy=new(0),
+            argmax=problem.labels.new_empty(0),
+            target_rank=problem.labels.new_empty(0),
             column_mass=problem.hidden.new_empty(
                 token_blocks(problem) if filtered else 0,
                 len(problem.classifier),

@@ -8,10 +8,10 @@ import torch
 
 from crosscut.backends.protocol import HeadProblem
 
-DROP_BELOW = 2.0**-12
+DROP_BELOW = 2.0**-11.5
 """A class joins a block's tail when its softmax, summed over the block's tokens, is below this."""
 
-MAX_TAIL = 1 / 80
+MAX_TAIL = 0.015
 """Mean mass of a token's tail beyond which nothing is left out, under ``auto``."""
 
 MOST_KEPT = 3 * 2**12

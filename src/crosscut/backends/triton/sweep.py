@@ -206,7 +206,7 @@ def side_by_side(
     near 2**14, and what comes of them is divided by the same power.
     """
     kept = kept_rows(problem.labels.contiguous())
-    d_lse, d_target, d_sum = cotangents
+    d_lse, d_target, d_sum, _ = cotangents  # of an entropy there is none
     if d_sum is None:
         d_sum = torch.zeros_like(d_lse)
     vectors = torch.stack([statistics.lse, d_lse, d_target, d_sum], 1).float()  # [N, 4]

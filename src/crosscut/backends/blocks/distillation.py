@@ -1,0 +1,300 @@
+"""How far a student's softmax is from its teacher's, and the gradient: the logits of neither.
+
+With p and q the softmax of student and teacher, at one temperature, and ``m = b q + (1 - b) p``:
+
+    forward    sum_v q (log q - log p)             d/dz = p - q
+    reverse    sum_v p (log p - log q)             d/dz = p (log p - log q - center)
+    js         b sum_v q (log q - log m) + (1 - b) sum_v p (log p - log m)
+                                                   d/dz = (1 - b) p (log p - log m) - p center
+
+``center`` is the mean of what stands beside p, under p: the gradient of a softmax's logits sums to
+zero. A hard loss is the cross-entropy of the same blocks of logits, times the temperature.
+
+Forward and reverse divergence are differences of logits, averaged under one of the two: as the
+log-sum-exp, this average runs along in one sweep over the classes. The mixture needs both
+log-sum-exps first, and a second sweep. With D the sum of both hidden sizes, 2NVD flop a sweep; the
+backward is one more, and the student's two products.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from crosscut.backends.blocks.forward import BLOCK_V
+from crosscut.backends.blocks.logits import LogitBlocks, check_labels, find_labels, take_rows
+from crosscut.backends.protocol import (
+    DistillationProblem,
+    Divergences,
+    Gradients,
+    HeadProblem,
+    Needs,
+)
+
+BLOCK_N = 512
+"""Tokens of one block, half of what a loss on one head takes: there are two, and a few of each."""
+
+
+def compute_divergences(problem: DistillationProblem) -> Divergences:
+    """The divergence of every row that takes part, and the statistics of the hard loss."""
+    check_labels(problem.student)
+    rows = problem.student.rows  # [R]
+    student, teacher = _Side(problem.student, rows), _Side(problem.teacher, rows)
+    zeros = torch.zeros_like(student.lse)
+    mean_gap, center = zeros.clone(), zeros.clone()
+    hard_lse = torch.full_like(zeros, -math.inf)
+    _look_ahead(problem, student, teacher)
+    for classes in student.class_blocks():
+        c, teacher_c = student.classifier(classes), teacher.classifier(classes)
+        for part in student.parts():
+            z, t = student.block(classes, c, part), teacher.block(classes, teacher_c, part)
+            if problem.temperature is not None:
+                block_lse = problem.temperature * (z + student.reference[part])
+                block_lse = block_lse.logsumexp(0).to(hard_lse)
+                hard_lse[part] = torch.logaddexp(hard_lse[part], block_lse)
+            if problem.divergence == "js":
+                student.add(z, part)
+                teacher.add(t, part)
+                continue
+            forward = problem.divergence == "forward"
+            (this, a), (other, b) = (
+                ((teacher, t), (student, z)) if forward else ((student, z), (teacher, t))
+            )
+            weight = (a - _finite(a.amax(0))).exp_()
+            gap = (a - b).masked_fill_(weight == 0, 0)  # of what cannot be, inf - inf
+            sums = weight.sum(0)
+            block_gap = gap.mul_(weight).sum(0).div_(sums).to(zeros)
+            block_gap += this.reference[part] - other.reference[part]
+            share = this.add(a, part)
+            other.add(b, part)
+            moved = mean_gap[part] + share * (block_gap - mean_gap[part])
+            mean_gap[part] = torch.where(share > 0, moved, mean_gap[part])
+
+    if problem.divergence == "js":
+        divergence, center = _mixture(problem, student, teacher)
+    elif problem.divergence == "forward":
+        divergence = mean_gap - teacher.lse + student.lse
+    else:
+        divergence = center = mean_gap - student.lse + teacher.lse
+
+    def scatter(values: Tensor) -> Tensor:
+        dtype = problem.student.statistics_dtype
+        out = values.new_zeros(problem.student.labels.shape, dtype=dtype)
+        return out.index_copy_(0, rows, values.to(dtype))
+
+    none = zeros.new_empty(0, dtype=problem.student.statistics_dtype)
+    hard = problem.temperature is not None
+    return Divergences(
+        divergence=scatter(divergence),
+        hard_lse=scatter(hard_lse) if hard else none,
+        target_logit=scatter(_target_logits(problem, rows)) if hard else none.clone(),
+        student_lse=scatter(student.lse),
+        teacher_lse=scatter(teacher.lse),
+        center=scatter(center),
+    )
+
+
+def compute_student_gradients(
+    problem: DistillationProblem,
+    found: Divergences,
+    cotangents: tuple[Tensor, Tensor | None, Tensor | None],
+    needs: Needs,
+) -> Gradients:
+    """Gradients of the student's inputs.
+
+    Args:
+        problem: student and teacher.
+        found: what the forward returned.
+        cotangents: of divergence, hard_lse and target_logit, [N] each; None: zeros.
+        needs: which gradients are wanted.
+    """
+    head = problem.student
+    rows = head.rows
+    student, teacher = _Side(head, rows), _Side(problem.teacher, rows)
+    _look_ahead(problem, student, teacher)
+    student.settle(found.student_lse[rows])
+    teacher.settle(found.teacher_lse[rows])
+    dtype, scale = student.logits.dtype, student.logits.scale
+    d_hidden = head.hidden.new_zeros(len(rows), head.hidden.shape[1], dtype=dtype)
+    d_classifier = torch.empty_like(head.classifier) if needs.classifier else None
+    d_bias = torch.empty_like(head.bias) if needs.bias and head.bias is not None else None
+    for classes in student.class_blocks():
+        c, teacher_c = student.classifier(classes), teacher.classifier(classes)
+        d_c = torch.zeros(c.shape, dtype=dtype, device=c.device)
+        d_b = d_c.new_zeros(len(c))
+        for part in student.parts():
+            log_p = student.block(classes, c, part)
+            log_q = teacher.block(classes, teacher_c, part)
+            slope = student.logits.slope(log_p, student.reference[part])
+            chosen = rows[part]
+            dz = _hard_gradient(problem, found, cotangents, log_p, (classes, chosen))
+            soft = _slope(problem, log_p, log_q, found.center[chosen])
+            soft.mul_(cotangents[0][chosen])
+            dz = soft if dz is None else dz.add_(soft)
+            if slope is not None:
+                dz.mul_(slope)
+            d_b += dz.sum(1)
+            narrow = dz.to(c)
+            if needs.hidden:
+                d_hidden[part] += narrow.t() @ c
+            if d_classifier is not None:
+                d_c += narrow @ student.hidden(part)
+        if d_classifier is not None:
+            d_classifier[classes] = d_c.mul_(scale).to(d_classifier)
+        if d_bias is not None:
+            d_bias[classes] = d_b.to(d_bias)
+
+    whole = None
+    if needs.hidden:
+        whole = torch.zeros_like(head.hidden)
+        whole.index_copy_(0, rows, d_hidden.mul_(scale).to(whole))
+    return Gradients(whole, d_classifier, d_bias)
+
+
+class _Side:
+    """One of the two heads: its blocks of logits and its running log-sum-exp, [R]."""
+
+    def __init__(self, problem: HeadProblem, rows: Tensor) -> None:
+        self.problem, self.rows = problem, rows
+        self.logits = LogitBlocks(problem)
+        zeros = torch.zeros(rows.shape, dtype=self.logits.dtype, device=rows.device)
+        self.lse = torch.full_like(zeros, -math.inf, dtype=self.logits.wide)
+        self.reference = zeros  # what blocks are relative to: the log-sum-exp as far as known
+        self.center: Tensor | None = None  # where low precision rounds least
+
+    def class_blocks(self) -> Iterator[slice]:
+        num_classes = len(self.problem.classifier)
+        for start in range(0, num_classes, BLOCK_V):
+            yield slice(start, min(start + BLOCK_V, num_classes))
+
+    def parts(self) -> Iterator[slice]:
+        """Slices of BLOCK_N rows."""
+        for start in range(0, len(self.rows), BLOCK_N):
+            yield slice(start, min(start + BLOCK_N, len(self.rows)))
+
+    def classifier(self, classes: slice) -> Tensor:
+        return self.problem.classifier[classes].to(self.logits.fast)
+
+    def hidden(self, part: slice) -> Tensor:
+        return take_rows(self.problem.hidden, self.rows[part]).to(self.logits.fast)
+
+    def block(self, classes: slice, classifier: Tensor, part: slice) -> Tensor:
+        """Logits less the reference, [v, n]."""
+        bias = None if self.problem.bias is None else self.problem.bias[classes]
+        center = None if self.center is None else self.center[part]
+        hidden = self.hidden(part)
+        return self.logits.block(classifier, bias, hidden, self.reference[part], center)
+
+    def add(self, block: Tensor, part: slice) -> Tensor:
+        """Add a block to the log-sum-exp; its share of the softmax so far, [n]."""
+        block_lse = block.logsumexp(0).to(self.lse) + self.reference[part]
+        self.lse[part] = lse = torch.logaddexp(self.lse[part], block_lse)
+        self.reference[part] = torch.where(
+            lse.isfinite(), lse.to(self.reference), self.reference[part]
+        )
+        return (block_lse - lse).exp()
+
+    def settle(self, lse: Tensor) -> None:
+        """Make blocks of log-probabilities from now on."""
+        self.reference = lse
+
+
+def _look_ahead(problem: DistillationProblem, student: _Side, teacher: _Side) -> None:
+    """Have low precision round least where it matters most, going by the first block.
+
+    That is at the mean logit of the softmax: the log-sum-exp is far above the logits that hold the
+    mass where the softmax is flat. The reverse divergence asks the teacher what the student thinks
+    likely. Forward and backward come to the same centers, and so to the same blocks.
+    """
+    if all(side.logits.fast == side.logits.dtype for side in (student, teacher)):
+        return
+    classes = next(student.class_blocks())
+    centers = torch.zeros_like(student.reference), torch.zeros_like(teacher.reference)
+    for part in student.parts():
+        z = student.block(classes, student.classifier(classes), part)
+        t = teacher.block(classes, teacher.classifier(classes), part)
+        p = z.softmax(0)
+        q = p if problem.divergence == "reverse" else t.softmax(0)
+        for center, block, weight in zip(centers, (z, t), (p, q), strict=True):
+            center[part] = _finite(block.masked_fill_(weight == 0, 0).mul_(weight).sum(0))
+    for side, center in zip((student, teacher), centers, strict=True):
+        if side.logits.fast != side.logits.dtype:
+            side.center = center
+
+
+def _mixture(problem: DistillationProblem, student: _Side, teacher: _Side) -> tuple[Tensor, Tensor]:
+    """The Jensen-Shannon divergence [R] and the center of its slope, once both lse are known."""
+    divergence = torch.zeros_like(student.lse)
+    center = torch.zeros_like(student.lse)
+    student.settle(student.lse.to(student.reference))
+    teacher.settle(teacher.lse.to(teacher.reference))
+    for classes in student.class_blocks():
+        c, teacher_c = student.classifier(classes), teacher.classifier(classes)
+        for part in student.parts():
+            log_p = student.block(classes, c, part)
+            log_q = teacher.block(classes, teacher_c, part)
+            log_m = _log_mixture(log_p, log_q, problem.beta)
+            of_student = _times_log_ratio(log_p, log_m).sum(0).to(center)
+            center[part] += (1 - problem.beta) * of_student
+            divergence[part] += problem.beta * _times_log_ratio(log_q, log_m).sum(0).to(center)
+    return divergence + center, center
+
+
+def _log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    return torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
+
+
+def _times_log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """``p (log p - log q)``, 0 where p is."""
+    p = log_p.exp()
+    return (log_p - log_q).masked_fill_(p == 0, 0).mul_(p)
+
+
+def _slope(problem: DistillationProblem, log_p: Tensor, log_q: Tensor, center: Tensor) -> Tensor:
+    """Derivative of the divergence by the student's logits, [v, n]."""
+    if problem.divergence == "forward":
+        return log_p.exp() - log_q.exp()
+    if problem.divergence == "reverse":
+        return _times_log_ratio(log_p, log_q).sub_(log_p.exp().mul_(center))
+    log_m = _log_mixture(log_p, log_q, problem.beta)
+    slope = _times_log_ratio(log_p, log_m).mul_(1 - problem.beta)
+    return slope.sub_(log_p.exp().mul_(center))
+
+
+def _hard_gradient(
+    problem: DistillationProblem,
+    found: Divergences,
+    cotangents: tuple[Tensor, Tensor | None, Tensor | None],
+    log_p: Tensor,
+    where: tuple[slice, Tensor],
+) -> Tensor | None:
+    """Gradient of the hard loss by the student's logits, [v, n], for some classes and rows."""
+    _, d_lse, d_target = cotangents
+    if problem.temperature is None or d_lse is None or d_target is None:
+        return None
+    classes, rows = where
+    z = (log_p + found.student_lse[rows]).mul_(problem.temperature)
+    dz = z.sub_(found.hard_lse[rows]).exp_().mul_(d_lse[rows])
+    at_label = find_labels(classes, len(dz), problem.student.labels[rows])
+    dz[at_label] += d_target[rows][at_label[1]]
+    return dz.mul_(problem.temperature)
+
+
+def _target_logits(problem: DistillationProblem, rows: Tensor) -> Tensor:
+    """Logits of the hard loss at the labels, [R]."""
+    head, logits = problem.student, LogitBlocks(problem.student)
+    out = torch.zeros(rows.shape, dtype=logits.dtype, device=rows.device)
+    for part in range(0, len(rows), BLOCK_N):
+        some = rows[part : part + BLOCK_N]
+        labels = head.labels[some]
+        products = (head.hidden[some].to(out) * head.classifier[labels]).sum(1)
+        bias = None if head.bias is None else head.bias[labels]
+        out[part : part + BLOCK_N] = logits.activate(products, bias)
+    return out.mul_(problem.temperature or 1.0)
+
+
+def _finite(values: Tensor) -> Tensor:
+    return torch.where(values.isfinite(), values, 0)
