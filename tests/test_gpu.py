@@ -10,14 +10,13 @@ import torch
 from judging import Head, error, make_head, outcome, rounding
 
 import crosscut
+from crosscut.backends.triton.column_filter import MOST_KEPT
 from crosscut.options import POLICIES
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
-
-SERVED = [policy for policy in POLICIES if policy != "filtered"]
 
 
 def cuda_head(
@@ -31,7 +30,7 @@ def step(head: Head, **options) -> tuple[torch.Tensor, ...]:
     return found.loss, found.d_input, found.d_weight
 
 
-@pytest.mark.parametrize("policy", SERVED)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_twenty_calls_give_the_same_bits(policy):
     head = cuda_head((1111, 520, 9001), ignored=0.2)
     first = step(head, policy=policy)
@@ -105,15 +104,53 @@ def test_peak_memory():
     def forward() -> None:
         crosscut.linear_cross_entropy(head.input, head.linear_weight, head.target, backend="triton")
 
+    def exact() -> None:
+        step(head, policy="exact")
+
     assert peak(forward) <= 2**20
     copies = 3 * head.input.nbytes  # of the hidden states, and their gradient in float32
-    assert peak(lambda: step(head)) <= gradients + crosscut.workspace_limit() + copies + 2**22
+    assert peak(exact) <= gradients + crosscut.workspace_limit() + copies + 2**22
+    marks, pairs = 64 * 64_000 * 2, 64 * (MOST_KEPT + 256) * 128 * 2
+    filtered = 2 * marks + pairs + 2**25  # lists and all
+    assert peak(lambda: step(head)) <= (
+        gradients + copies + max(filtered, marks + crosscut.workspace_limit() + 2**22)
+    )
     before = crosscut.workspace_limit()
     crosscut.set_workspace_limit(2**24)
     try:
-        assert peak(lambda: step(head)) <= gradients + 2**24 + copies + 2**22
+        assert peak(exact) <= gradients + 2**24 + copies + 2**22
     finally:
         crosscut.set_workspace_limit(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"softcap": 30.0}, {"reduction": "none"}, {"z_loss": 0.01, "logit_scale": 0.9}],
+    ids=lambda options: ", ".join(options) or "plain",
+)
+@pytest.mark.parametrize("ignored", [0.0, 0.3])
+def test_a_peaked_softmax_is_filtered(dtype, options, ignored):
+    head = cuda_head((1111, 520, 50_001), dtype, ignored)
+    head = replace(head, input=3 * head.input)  # logits of standard deviation 6
+    head_options = {key: options[key] for key in ("softcap", "logit_scale") if key in options}
+    sparsity = crosscut.gradient_sparsity(
+        head.input, head.linear_weight, head.target, backend="triton", **head_options
+    )
+    assert sparsity.kept < 0.3
+    true = outcome(reference.linear_cross_entropy, head.double(), **options)
+    theirs = outcome(reference.linear_cross_entropy, head, **options)
+    found = step(head, **options)
+    for value, their, exact in list(zip(found, theirs[:3], true[:3], strict=True))[1:]:
+        assert error(value, exact) <= error(their, exact) + rounding(dtype)
+
+
+@pytest.mark.parametrize("scale", [0.05, 1.0])
+def test_a_flat_softmax_gets_the_exact_gradient(scale):
+    head = cuda_head((1111, 520, 50_001))
+    head = replace(head, input=scale * head.input)
+    for ours, exact in zip(step(head), step(head, policy="exact"), strict=True):
+        assert torch.equal(ours, exact)
 
 
 def test_compiles_in_one_graph():
@@ -124,7 +161,7 @@ def test_compiles_in_one_graph():
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("policy", SERVED)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_cuda_graph(policy):
     """Captured on some inputs and replayed on others, with other rows ignored."""
     head = cuda_head((700, 128, 3000), ignored=0.1)

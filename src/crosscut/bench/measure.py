@@ -6,8 +6,8 @@ wrong answer has no speed. NaN passes nowhere.
 
 **Clock.** Median of the repeats of a forward without gradients, and of a forward and backward with
 both. The contenders take turns, so that a slow minute of the machine hits all of them, and have
-run before. On CUDA, events, after a while of the same work, which sets the GPU's clock, and with
-the L2 cache flushed.
+run before. On CUDA, events, right after a while of the same work, which sets the GPU's clock and
+lets the host launch ahead of it, and with the L2 cache flushed.
 
 **Memory.** The peak of PyTorch's own allocator over the forward and backward of the gate, less the
 two gradients that must be there in the end. On the CPU that is what its profiler says of every
@@ -142,6 +142,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     while time.perf_counter() - start < _WARM_UP_SECONDS:
         work()
         torch.cuda.synchronize(device)
+    work()  # while this runs the host gets ahead, as it does in a training
     torch.empty(_L2_FLUSH_BYTES, dtype=torch.uint8, device=device).zero_()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()

@@ -1,0 +1,148 @@
+"""The Triton backend's filtered gradient: what it leaves out, and when it leaves out nothing.
+
+In the interpreter; a GPU runs the same in tests/test_gpu.py, at the sizes it is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+import reference
+import torch
+from conftest import INTERPRETED
+from judging import Head, Outcome, error, make_head, outcome, rounding
+
+import crosscut
+
+pytestmark = pytest.mark.skipif(
+    find_spec("triton") is None or not INTERPRETED, reason="needs Triton's interpreter"
+)
+
+
+@pytest.fixture
+def drop_below(monkeypatch) -> Callable[[float], None]:
+    """Sets the mass below which a block drops a class: small heads have none so small."""
+    from crosscut.backends import triton
+    from crosscut.backends.triton import filtered, forward
+
+    def drop_below(mass: float) -> None:
+        for module in (triton, filtered, forward):
+            monkeypatch.setattr(module, "DROP_BELOW", mass)
+
+    return drop_below
+
+
+def peaked(
+    shape: tuple[int, int, int], dtype: torch.dtype = torch.bfloat16, ignored: float = 0.0
+) -> Head:
+    head = make_head(shape, dtype, ignored=ignored)
+    return replace(head, input=3 * head.input)
+
+
+def ours(head: Head, **options) -> Outcome:
+    return outcome(crosscut.linear_cross_entropy, head, backend="triton", **options)
+
+
+def kept(head: Head, **options) -> float:
+    return crosscut.gradient_sparsity(
+        head.input, head.linear_weight, head.target, backend="triton", **options
+    ).kept
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"softcap": 20.0}, {"reduction": "none"}, {"logit_scale": -0.7, "z_loss": 0.01}],
+    ids=lambda options: ", ".join(options) or "plain",
+)
+@pytest.mark.parametrize("ignored", [0.0, 0.4])
+def test_as_accurate_as_pytorch(dtype, options, ignored, drop_below):
+    drop_below(2.0**-9)
+    head = peaked((50, 48, 190), dtype, ignored)
+    head_options = {key: options[key] for key in ("softcap", "logit_scale") if key in options}
+    assert kept(head, policy="filtered", **head_options) < 1
+    true = outcome(reference.linear_cross_entropy, head.double(), **options)
+    theirs = outcome(reference.linear_cross_entropy, head, **options)
+    found = ours(head, policy="filtered", **options)
+    for value, their, exact in list(zip(found[:3], theirs[:3], true[:3], strict=True))[1:]:
+        assert value is not None
+        assert their is not None
+        assert exact is not None
+        assert error(value, exact) <= 2 * error(their, exact) + rounding(dtype)
+
+
+def test_the_tail_keeps_the_sums_of_the_softmax(drop_below):
+    """Rows of ``softmax - onehot`` add up to 0, so the rows of dC do: whatever is left out."""
+    drop_below(0.5)
+    head = peaked((64, 32, 150))
+    assert kept(head, policy="filtered") < 0.5
+    d_weight = ours(head, policy="filtered", reduction="sum").d_weight.double()
+    sizes = d_weight.norm(dim=1).sum()
+    assert d_weight.sum(0).norm() <= rounding(torch.bfloat16) * sizes
+
+
+@pytest.mark.parametrize("rows", [slice(0, 3), slice(99, 100)], ids=["popular", "rare"])
+def test_rows_of_popular_and_of_other_classes(rows, drop_below):
+    """A class kept by most blocks, and one kept by a single block, are made by two kernels."""
+    drop_below(2.0**-9)
+    head = peaked((64, 32, 150))
+    head.target[:] = torch.arange(64) % 3  # three classes in every block
+    head.target[5] = 99
+    head.linear_weight[99] = -2 * head.linear_weight[:3].sum(0)
+    theirs = outcome(reference.linear_cross_entropy, head).d_weight[rows]
+    true = outcome(reference.linear_cross_entropy, head.double()).d_weight[rows]
+    found = ours(head, policy="filtered").d_weight[rows]
+    assert error(found, true) <= 2 * error(theirs, true) + rounding(torch.bfloat16)
+
+
+def test_a_flat_softmax_gets_the_exact_gradient(drop_below):
+    drop_below(2.0)  # all but the labels go to the tail, which is then too heavy
+    head = make_head((40, 32, 150), torch.bfloat16)
+    assert kept(head, policy="filtered") < 0.2
+    assert kept(head) == 1
+    for auto, exact in zip(ours(head)[:3], ours(head, policy="exact")[:3], strict=True):
+        assert auto is not None
+        assert exact is not None
+        assert torch.equal(auto, exact)
+
+
+def test_pairs_that_do_not_fit_get_the_exact_gradient(monkeypatch):
+    from crosscut.backends.triton import column_filter
+
+    head = peaked((40, 32, 150))
+    filtered = ours(head)
+    monkeypatch.setattr(column_filter, "MOST_KEPT", 3)
+    assert kept(head) == 1
+    for auto, exact in zip(ours(head)[:3], ours(head, policy="exact")[:3], strict=True):
+        assert auto is not None
+        assert exact is not None
+        assert torch.equal(auto, exact)
+    assert not torch.equal(filtered.d_weight, ours(head).d_weight)
+
+
+def test_entries_that_do_not_fit_get_the_exact_gradient(monkeypatch, drop_below):
+    from crosscut.backends.triton import filtered
+
+    drop_below(2.0**-7)  # so that some classes are kept by few blocks: only they have entries
+    head = peaked((80, 32, 120))
+    monkeypatch.setattr(filtered, "ENTRIES_PER_TOKEN", 0)
+    for auto, exact in zip(ours(head)[:3], ours(head, policy="exact")[:3], strict=True):
+        assert auto is not None
+        assert exact is not None
+        assert torch.equal(auto, exact)
+
+
+@pytest.mark.parametrize("frozen", ["input", "linear_weight"])
+def test_a_frozen_side_changes_nothing_of_the_other(frozen):
+    head = peaked((40, 32, 150))
+    both = ours(head)
+    leaves = {"input": head.input.clone(), "linear_weight": head.linear_weight.clone()}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name != frozen)
+    crosscut.linear_cross_entropy(**leaves, target=head.target, backend="triton").backward()
+    alone = leaves["linear_weight" if frozen == "input" else "input"].grad
+    assert alone is not None
+    assert torch.equal(alone, both.d_weight if frozen == "input" else both.d_input)
