@@ -79,7 +79,9 @@ def test_a_frozen_side_takes_no_memory(frozen):
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    crosscut.linear_cross_entropy(**leaves, target=head.target, backend="triton").backward()
+    crosscut.linear_cross_entropy(
+        **leaves, target=head.target, backend="triton", policy="exact"
+    ).backward()
     torch.cuda.synchronize()
     taken = torch.cuda.max_memory_allocated() - before
     wanted = sum(leaf.nbytes for name, leaf in leaves.items() if name != frozen)
@@ -132,7 +134,7 @@ def test_peak_memory():
 @pytest.mark.parametrize("ignored", [0.0, 0.3])
 def test_a_peaked_softmax_is_filtered(dtype, options, ignored):
     head = cuda_head((1111, 520, 50_001), dtype, ignored)
-    head = replace(head, input=3 * head.input)  # logits of standard deviation 6
+    head = replace(head, input=4 * head.input)  # logits of standard deviation 8
     head_options = {key: options[key] for key in ("softcap", "logit_scale") if key in options}
     sparsity = crosscut.gradient_sparsity(
         head.input, head.linear_weight, head.target, backend="triton", **head_options
