@@ -67,7 +67,7 @@ def plain_pytorch(workload: Workload, progress: Progress) -> Answer:
     """``F.cross_entropy(F.linear(hidden, classifier), labels)``, a few tokens at a time.
 
     Each token's gradient is what PyTorch computes for it; only the sum over tokens, in the
-    classifier's gradient, is taken in float32 between the groups.
+    classifier's gradient, is taken in float32 between the groups, and rounded in the end.
     """
     hidden, classifier, labels = workload.hidden, workload.classifier, workload.labels
     groups = torch.arange(len(hidden)).split(max(1, 64 * _BLOCK // len(classifier)))
@@ -85,7 +85,7 @@ def plain_pytorch(workload: Workload, progress: Progress) -> Answer:
             d_hidden[rows] = logits.grad @ classifier
             d_classifier += logits.grad.T @ hidden[rows]
             step("")
-    return Answer(loss=loss, d_hidden=d_hidden, d_classifier=d_classifier)
+    return Answer(loss=loss, d_hidden=d_hidden, d_classifier=d_classifier.to(classifier.dtype))
 
 
 def relative_errors(found: Answer, right: Answer) -> Errors:
