@@ -14,6 +14,7 @@ from crosscut.functional import (
     linear_cross_entropy,
     token_statistics,
 )
+from crosscut.integrations.huggingface import defer_logits, undefer_logits
 from crosscut.module import LinearCrossEntropy
 from crosscut.options import GradientPolicy, set_workspace_limit, workspace_limit
 from crosscut.statistics import TokenStatistics
@@ -24,11 +25,13 @@ __all__ = [
     "GradientSparsity",
     "LinearCrossEntropy",
     "TokenStatistics",
+    "defer_logits",
     "explain",
     "gradient_sparsity",
     "linear_cross_entropy",
     "set_workspace_limit",
     "token_statistics",
+    "undefer_logits",
     "workspace_limit",
 ]
 
