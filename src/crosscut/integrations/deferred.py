@@ -21,7 +21,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_any, tree_map
+from torch.utils._pytree import tree_any, tree_leaves, tree_map
 
 from crosscut.integrations import fsdp
 from crosscut.integrations.form import RECORDED, REDUCED, LogitForm
@@ -38,6 +38,7 @@ class _Group:
         versions: version counters of the head's tensors when it was called.
         pinned: why every loss now needs the real logits, or None.
         members: the wrappers that are alive.
+        reals: logits that were computed, and their version counters then.
         fsdp_hooks: hooks of FSDP2 that wait for a gradient of the logits, or of what is made
             of them.
     """
@@ -47,6 +48,7 @@ class _Group:
         self.versions = [(x, _version(x)) for x in form.tensors() if x is not None]
         self.pinned: str | None = None
         self.members: list[weakref.ref[DeferredLogits]] = []
+        self.reals: list[tuple[weakref.ref[Tensor], int]] = []
         self.fsdp_hooks: list[Callable[[Tensor], Any]] = []
 
     def check_versions(self) -> None:
@@ -60,10 +62,44 @@ class _Group:
                     "crosscut.integrations.huggingface.materialize(outputs)"
                 )
 
+    def alive(self) -> list[DeferredLogits]:
+        """The wrappers that someone still holds."""
+        return [x for x in (reference() for reference in self.members) if x is not None]
+
+    def follow(self) -> None:
+        """Put every wrapper behind its real logits: those have a history of their own now."""
+        with torch.enable_grad():
+            for member in self.alive():
+                if member._real is not None and member._real.requires_grad:
+                    with _NoTorchFunction():
+                        member.detach_()
+                        member.copy_(member._real)  # to autograd; there is no memory to copy to
+                        member._node = member.grad_fn
+
+    def check_writes(self) -> bool:
+        """Notice real logits that were written in place by someone who holds them.
+
+        Raises RuntimeError where other logits were yet to be computed of them.
+        """
+        if self.pinned is not None:
+            return True
+        for reference, version in self.reals:
+            real = reference()
+            if real is not None and _version(real) != version:
+                self.pinned = "written in place"
+                if any(member._real is None for member in self.alive()):
+                    raise RuntimeError(
+                        "materialised logits were written in place while others were recorded of "
+                        "them: read those before the write"
+                    )
+                self.follow()
+        return self.pinned is not None
+
     def absorb(self, other: _Group) -> None:
         """Become one with another group: deferred logits of both were added."""
         self.versions += other.versions
         self.members += other.members
+        self.reals += other.reals
         self.fsdp_hooks += other.fsdp_hooks
         other.__dict__ = self.__dict__  # what befalls one befalls both
 
@@ -84,10 +120,11 @@ class _Defer(torch.autograd.Function):
         needed = ctx.needs_input_grad[2:]
         if grad is None:
             return (None, None, *[None] * len(needed))
-        if ctx.group.pinned is not None:
+        if ctx.group.pinned is None and ctx.group.check_writes():
             raise RuntimeError(
-                f"the logits were {ctx.group.pinned} and then given to a function that autograd "
-                "alone sees: call crosscut.integrations.huggingface.materialize(outputs) first"
+                "materialised logits were written in place, and the logits were given to a "
+                "function that autograd alone sees: give it what "
+                "crosscut.integrations.huggingface.materialize(outputs) returns"
             )
         ctx.group.check_versions()
         tensors = tuple(
@@ -123,6 +160,8 @@ def _wrapper(form: LogitForm) -> DeferredLogits:
 def defer(form: LogitForm, settings: HeadSettings, *, again: bool = False) -> DeferredLogits:
     """Logits that a head did not compute; with ``again`` also what was done to them since."""
     group = _Group(settings, form)
+    if not torch.is_grad_enabled():
+        form = form.detach()
     return _make(form, group, form.dense if again else lambda: _root_logits(form))
 
 
@@ -134,6 +173,7 @@ def _make(form: LogitForm, group: _Group, compute: Callable[[], Tensor]) -> Defe
     with _NoTorchFunction():
         made._node = made.grad_fn
     made._form, made._group, made._compute, made._real = form, group, compute, None
+    made._adopted = False
     group.members.append(weakref.ref(made))
     return made
 
@@ -159,6 +199,7 @@ class DeferredLogits(Tensor):
     _node: Any
     _compute: Callable[[], Tensor]
     _real: Tensor | None
+    _adopted: bool
 
     @classmethod
     def __torch_function__(
@@ -184,7 +225,9 @@ class DeferredLogits(Tensor):
             if found is not NotImplemented:
                 return found
         real_args, real_kwargs = tree_map(lambda x: as_dense(x, name), (args, kwargs))
-        return func(*real_args, **real_kwargs)
+        found = func(*real_args, **real_kwargs)
+        _pin_what_escapes(name, found, (args, kwargs))
+        return found
 
     @classmethod
     def __torch_dispatch__(
@@ -195,24 +238,26 @@ class DeferredLogits(Tensor):
         if name == "detach" and len(args) == 1:  # what PyTorch does to hold a tensor, not to read
             source = cast(DeferredLogits, args[0])
             held = _wrapper(source._form)
-            held._node, held._real = None, None
+            held._node, held._real, held._adopted = None, None, False
             held._form, held._group = source._form.detach(), source._group
             held._compute = lambda: source._values(name).detach()
             return held
+        if name == "copy_" and args[1] is cast(DeferredLogits, args[0])._real:
+            return args[0]  # _Group.follow
+        given = [x for x in tree_leaves((args, kwargs)) if type(x) is DeferredLogits]
         if func._schema.is_mutable:
-            for value in (*args, *kwargs.values()):
-                if type(value) is DeferredLogits:
-                    value._pin(f"written in place by {name}")
-
-        def plain(value: Any) -> Any:
-            return value._values(name) if type(value) is DeferredLogits else value
-
-        with torch.no_grad():
-            real_args, real_kwargs = tree_map(plain, (args, kwargs))
-            found = func(*real_args, **real_kwargs)
-        if not func._schema.is_mutable:
-            return found
-        written = {id(plain(x)): x for x in args if type(x) is DeferredLogits}
+            for logits in given:
+                if any(x is not None and x.requires_grad for x in logits._form.tensors()):
+                    raise RuntimeError(
+                        f"{name} writes to deferred logits below Python: give it what "
+                        "crosscut.integrations.huggingface.materialize(outputs) returns"
+                    )
+                logits._pin(f"written in place by {name}")
+        # Autograd is switched off here: logits that want a graph are not kept.
+        real = {id(x): _value_below_autograd(x, name) for x in given}
+        real_args, real_kwargs = tree_map(lambda x: real.get(id(x), x), (args, kwargs))
+        found = func(*real_args, **real_kwargs)
+        written = {id(real[id(x)]): x for x in given} if func._schema.is_mutable else {}
         return tree_map(lambda x: written.get(id(x), x), found)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # pyright: ignore
@@ -221,51 +266,63 @@ class DeferredLogits(Tensor):
         return f"DeferredLogits(shape={list(form.shape)}, dtype={form.dtype}, {state})"
 
     def _values(self, what: str) -> Tensor:
-        """The real logits, connected to the graph they would have; computed once."""
-        group, real = self._group, self._real
-        grad = torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in self._form.tensors()
-        )
-        if real is not None and (real.requires_grad or not grad or group.pinned is not None):
-            return real
+        """The real logits, with the graph they would have; computed once."""
+        if self._real is not None:
+            return self._real
+        group, form = self._group, self._form
+        group.check_writes()
         group.check_versions()
+        tensors = [x for x in form.tensors() if x is not None]
+        grad = any(x.requires_grad for x in tensors)
         if what:
-            group.settings.note_materialized(what, self._form.shape, under_grad=grad)
-        inference = any(x is not None and x.is_inference() for x in self._form.tensors())
+            under_grad = grad and torch.is_grad_enabled()
+            group.settings.note_materialized(what, form.shape, under_grad=under_grad)
         with (
-            torch.inference_mode(inference),
+            torch.inference_mode(any(x.is_inference() for x in tensors)),
             torch.set_grad_enabled(grad),
             fsdp.unsharded(group.fsdp_hooks),
         ):
             real = self._compute()
-        if grad:
             fsdp.watch(group.fsdp_hooks, real)
         self._real = real
+        group.reals.append((weakref.ref(real), _version(real)))
         return real
 
     def _dense(self, what: str) -> Tensor:
         """The real logits, whoever made this wrapper's ``grad_fn``."""
         with _NoTorchFunction():
             own = self.grad_fn is self._node
-        if own or self._group.pinned is not None or not torch.is_grad_enabled():
+        if own or not torch.is_grad_enabled():
             return self._values(what)
-        return cast(Tensor, _Densify.apply(self))
+        if not self._adopted:
+            self._real, self._adopted = cast(Tensor, _Densify.apply(self)), True
+        return cast(Tensor, self._real)
 
     def _pin(self, why: str) -> None:
         """From now on these are real logits: compute every alias, as it is at this moment."""
         group = self._group
-        if group.pinned is not None:
-            return
-        with torch.enable_grad():
-            for reference in group.members:
-                member = reference()
-                if member is not None:
-                    member._values(why)
-        group.pinned = why
+        if group.pinned is None:
+            for member in group.alive():
+                member._dense(why)
+            group.pinned = why
+            group.follow()
 
     def _fusible(self) -> bool:
+        self._group.check_writes()
         with _NoTorchFunction():
             return self._group.pinned is None and self.grad_fn is self._node
+
+
+def _value_below_autograd(logits: DeferredLogits, what: str) -> Tensor:
+    if logits._real is not None:
+        return logits._real.detach()
+    made = _wrapper(logits._form.detach())
+    made.__dict__.update(logits.__dict__)
+    made._form = logits._form.detach()
+    real = made._values(what)
+    if not any(x is not None and x.requires_grad for x in logits._form.tensors()):
+        logits._real = real
+    return real
 
 
 def as_dense(value: Any, what: str = "") -> Any:
@@ -420,6 +477,7 @@ def _writes(name: str, kwargs: dict[str, Any]) -> bool:
         (name.endswith("_") and not name.endswith("__"))
         or name in _WRITES
         or name.endswith(".__set__")
+        or name == "data.__get__"  # whoever asks for it means to write
         or kwargs.get("out") is not None
     )
 
@@ -443,9 +501,28 @@ def _write(func: Any, name: str, args: Any, kwargs: Any) -> Any:
             value._pin(f"written in place by {name}")
     real_args, real_kwargs = tree_map(lambda x: as_dense(x, name), (args, kwargs))
     found = func(*real_args, **real_kwargs)
+    for value in (*args, kwargs.get("out")):
+        if type(value) is DeferredLogits:
+            value._group.follow()
     if type(written) is DeferredLogits and found is real_args[0]:
         return written
     return found
+
+
+_SHARES_MEMORY = {"numpy", "__array__", "data_ptr", "untyped_storage", "storage", "__dlpack__"}
+
+
+def _pin_what_escapes(name: str, found: Any, arguments: Any) -> None:
+    """Real logits whose memory someone else now holds may be written without our seeing it."""
+    given = [x for x in tree_leaves(arguments) if type(x) is DeferredLogits]
+    for logits in given:
+        if logits._group.pinned is None and logits._real is not None:
+            ours = logits._real.untyped_storage().data_ptr()
+            if name in _SHARES_MEMORY or any(
+                isinstance(x, Tensor) and x.untyped_storage().data_ptr() == ours
+                for x in tree_leaves(found)
+            ):
+                logits._pin(f"given away as a view by {name}")
 
 
 _METADATA_NAMES = (

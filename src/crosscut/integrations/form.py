@@ -349,7 +349,8 @@ def _getitem(form: LogitForm, index: Any) -> Any:
     expanded: list[Any] = []
     for part in index:
         parts: list[Any] = [slice(None)] * missing if part is Ellipsis else [part]
-        for one in parts:
+        for part in parts:
+            one: Any = part
             until = read + width(one)
             if read <= form.vdim < until:
                 if not isinstance(one, slice):

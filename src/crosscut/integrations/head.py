@@ -85,7 +85,7 @@ class DeferredLinear(nn.Linear):
                 return F.linear(input, weight, bias)
             traced = TracedLogits(_form(input, weight, bias, settings.options), settings)
             return traced  # pyright: ignore[reportReturnType]
-        why_not = _why_not(input, weight, bias, settings) or _why_not_eager(input)
+        why_not = _why_not_eager() or _why_not(input, weight, bias, settings)
         if why_not is not None:
             settings.log.real[why_not] += 1
             return F.linear(input, weight, bias)
@@ -151,7 +151,7 @@ def _why_not(
     return None
 
 
-def _why_not_eager(input: Tensor) -> str | None:
+def _why_not_eager() -> str | None:
     """The same, of what a compiled graph need not ask."""
     if torch.jit.is_tracing():
         return "under torch.jit.trace"
