@@ -15,64 +15,96 @@ from torch import nn
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 96, 32, 4, 2, 8, 2
 
+
+def _all(value: Any, names: str) -> dict[str, Any]:
+    return dict.fromkeys(names.split(), value)
+
+
 TINY: dict[str, Any] = {
-    **dict.fromkeys(
-        "vocab_size decoder_vocab_size vocab_size_per_layer_input unpadded_vocab_size "
-        "task_type_vocab_size pronunciation_vocab_size shape_vocab_size".split(),
+    **_all(
         VOCAB,
+        """
+        vocab_size decoder_vocab_size vocab_size_per_layer_input unpadded_vocab_size
+        task_type_vocab_size pronunciation_vocab_size shape_vocab_size
+        """,
     ),
-    **dict.fromkeys(
-        "hidden_size d_model n_embd dim_model dim emb_dim embedding_size word_embed_proj_dim "
-        "hidden_dim backbone_hidden_size attention_hidden_size lru_width embed_dim "
-        "input_embedding_size output_embedding_size embedding_dim "
-        "ffn_hidden_size moe_intermediate_size intermediate_size ffn_dim encoder_ffn_dim "
-        "decoder_ffn_dim shared_expert_intermediate_size shared_intermediate_size n_inner dff "
-        "dim_ff expert_ffn_hidden_size intermediate_size_mlp moe_shared_expert_intermediate_size "
-        "shared_experts_intermediate_size dense_intermediate_size router_hidden_size "
-        "feed_forward_size block_ffn_dim d_inner mamba_d_ssm output_dim out_hidden_size "
-        "projection_dim".split(),
+    **_all(
         HIDDEN,
+        """
+        hidden_size d_model n_embd dim_model dim emb_dim embedding_size word_embed_proj_dim
+        hidden_dim backbone_hidden_size attention_hidden_size lru_width embed_dim
+        input_embedding_size output_embedding_size embedding_dim ffn_hidden_size
+        moe_intermediate_size intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim
+        shared_expert_intermediate_size shared_intermediate_size n_inner dff dim_ff
+        expert_ffn_hidden_size intermediate_size_mlp moe_shared_expert_intermediate_size
+        shared_experts_intermediate_size dense_intermediate_size router_hidden_size
+        feed_forward_size block_ffn_dim d_inner mamba_d_ssm output_dim out_hidden_size
+        projection_dim
+        """,
     ),
-    **dict.fromkeys(
-        "num_attention_heads n_head n_heads num_heads decoder_attention_heads "
-        "encoder_attention_heads attention_heads num_encoder_attention_heads "
-        "num_decoder_attention_heads swa_num_attention_heads linear_num_heads".split(),
+    **_all(
         HEADS,
+        """
+        num_attention_heads n_head n_heads num_heads decoder_attention_heads
+        encoder_attention_heads attention_heads num_encoder_attention_heads
+        num_decoder_attention_heads swa_num_attention_heads linear_num_heads
+        """,
     ),
-    **dict.fromkeys(
-        "num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads "
-        "linear_num_value_heads num_query_groups".split(),
+    **_all(
         KV_HEADS,
+        """
+        num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads
+        linear_num_value_heads num_query_groups
+        """,
     ),
-    **dict.fromkeys(
-        "head_dim dim_head kv_channels attention_head_dim swa_head_dim d_head linear_head_dim "
-        "linear_key_head_dim linear_value_head_dim v_head_dim qk_nope_head_dim attention_head_size "
-        "query_pre_attn_scalar d_kv global_head_dim".split(),
+    **_all(
         HEAD_DIM,
+        """
+        head_dim dim_head kv_channels attention_head_dim swa_head_dim d_head linear_head_dim
+        linear_key_head_dim linear_value_head_dim v_head_dim qk_nope_head_dim
+        attention_head_size query_pre_attn_scalar d_kv global_head_dim
+        """,
     ),
     "qk_rope_head_dim": HEAD_DIM,
     "qk_head_dim": 2 * HEAD_DIM,
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
     "rotary_dim": 4,
-    **dict.fromkeys(
-        "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers "
-        "attention_layers num_encoder_layers num_decoder_layers depth num_blocks".split(),
+    **_all(
         LAYERS,
+        """
+        num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers
+        attention_layers num_encoder_layers num_decoder_layers depth num_blocks
+        """,
     ),
-    **dict.fromkeys(
-        "num_experts num_local_experts n_routed_experts moe_num_experts num_moe_experts".split(), 4
+    **_all(
+        4,
+        """
+        num_experts num_local_experts n_routed_experts moe_num_experts num_moe_experts
+        """,
     ),
-    **dict.fromkeys(
-        "num_experts_per_tok moe_topk num_experts_per_token moe_k n_group topk_group top_k "
-        "num_expert_group num_shared_experts n_shared_experts first_k_dense_replace "
-        "moe_num_shared_experts num_dense_layers".split(),
+    **_all(
         1,
+        """
+        num_experts_per_tok moe_topk num_experts_per_token moe_k n_group topk_group top_k
+        num_expert_group num_shared_experts n_shared_experts first_k_dense_replace
+        moe_num_shared_experts num_dense_layers
+        """,
     ),
-    **dict.fromkeys("max_position_embeddings n_positions max_seq_len n_ctx context_length "
-                    "model_max_length max_target_positions max_source_positions".split(), 64),
-    **dict.fromkeys("sliding_window sliding_window_size window_size local_attention "
-                    "attention_window_size block_size".split(), 8),
+    **_all(
+        64,
+        """
+        max_position_embeddings n_positions max_seq_len n_ctx context_length model_max_length
+        max_target_positions max_source_positions
+        """,
+    ),
+    **_all(
+        8,
+        """
+        sliding_window sliding_window_size window_size local_attention attention_window_size
+        block_size
+        """,
+    ),
     "max_window_layers": 1,
     "type_vocab_size": 2,
     "index_head_dim": HEAD_DIM,
@@ -105,12 +137,14 @@ TINY: dict[str, Any] = {
     "forced_bos_token_id": None,
     "suppress_tokens": None,
     "begin_suppress_tokens": None,
-    **dict.fromkeys(
-        "image_token_id video_token_id audio_token_id image_token_index video_token_index "
-        "audio_token_index boi_token_id eoi_token_id boa_token_id eoa_token_id boi_token_index "
-        "eoi_token_index eoa_token_index vision_start_token_id vision_end_token_id "
-        "vision_token_id eod_token_id image_start_token_id image_end_token_id".split(),
+    **_all(
         VOCAB - 1,
+        """
+        image_token_id video_token_id audio_token_id image_token_index video_token_index
+        audio_token_index boi_token_id eoi_token_id boa_token_id eoa_token_id boi_token_index
+        eoi_token_index eoa_token_index vision_start_token_id vision_end_token_id
+        vision_token_id eod_token_id image_start_token_id image_end_token_id
+        """,
     ),
     # What a silent mistake would hide in.
     "final_logit_softcapping": 2.0,
@@ -123,15 +157,17 @@ TINY: dict[str, Any] = {
     "init_std": 0.3,
     "initializer_factor": 0.3,
     # Reruns must be equal.
-    **dict.fromkeys(
-        "attention_dropout dropout hidden_dropout_prob attention_probs_dropout_prob hidden_dropout "
-        "activation_dropout resid_pdrop embd_pdrop attn_pdrop decoder_layerdrop encoder_layerdrop "
-        "layerdrop emb_pdrop embedding_dropout resid_dropout embed_dropout residual_dropout "
-        "dropout_p classifier_dropout attn_dropout dropout_rate router_jitter_noise "
-        "input_jitter_noise lsh_attention_probs_dropout_prob mlp_dropout ffn_dropout "
-        "local_attention_probs_dropout_prob mask_time_prob mask_feature_prob "
-        "hidden_act_dropout".split(),
+    **_all(
         0.0,
+        """
+        attention_dropout dropout hidden_dropout_prob attention_probs_dropout_prob
+        hidden_dropout activation_dropout resid_pdrop embd_pdrop attn_pdrop decoder_layerdrop
+        encoder_layerdrop layerdrop emb_pdrop embedding_dropout resid_dropout embed_dropout
+        residual_dropout dropout_p classifier_dropout attn_dropout dropout_rate
+        router_jitter_noise input_jitter_noise lsh_attention_probs_dropout_prob mlp_dropout
+        ffn_dropout local_attention_probs_dropout_prob mask_time_prob mask_feature_prob
+        hidden_act_dropout
+        """,
     ),
 }  # fmt: skip
 """Name of a number in a configuration -> its value in miniature, where the model has it."""
@@ -146,14 +182,40 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "Mamba2ForCausalLM": {"num_heads": 8},
     "MptForCausalLM": {"attn_pdrop": 0, "attn_config.attn_pdrop": 0},
     "NemotronForCausalLM": {"num_key_value_heads": KV_HEADS},
-    "Dots1ForCausalLM": {"n_routed_experts": 4, "moe_intermediate_size": HIDDEN},
+    "Dots1ForCausalLM": {
+        "n_routed_experts": 4,
+        "moe_intermediate_size": HIDDEN,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 1,
+    },
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"]},
-    "DbrxForCausalLM": {"attn_config.rope_theta": 10000.0},
+    "DbrxForCausalLM": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
+    "DeepseekV2ForCausalLM": {"num_experts_per_tok": 1},
+    "LongcatFlashForCausalLM": {"moe_topk": 2},
+    "Zamba2ForCausalLM": {
+        "n_mamba_heads": 4,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+    },
+    "Gemma4AssistantForCausalLM": {
+        "text_config.hidden_size_per_layer_input": 0,
+        "text_config.vocab_size_per_layer_input": 0,
+    },
+    "xLSTMForCausalLM": {"qk_dim_factor": 0.5, "chunk_size": 16},
     "CohereCompassForCausalLM": {"layer_types": ["sliding_attention", "full_attention"]},
     "Gemma3nForCausalLM": {"num_kv_shared_layers": 0},
-    "ReformerModelWithLMHead": {"is_decoder": True},
+    "ReformerModelWithLMHead": {
+        "is_decoder": True,
+        "axial_pos_embds_dim": [16, 16],
+        "axial_pos_shape": [8, 8],
+        "lsh_attn_chunk_length": 8,
+        "local_attn_chunk_length": 8,
+    },
     "XmodForCausalLM": {"default_language": "en_XX"},
-    "ZambaForCausalLM": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "ZambaForCausalLM": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+    },
 }
 """Name of a model class -> what its configuration needs besides, by dotted name."""
 
@@ -167,7 +229,7 @@ class Entry(NamedTuple):
     model_class: Any
 
 
-class Unbuildable(Exception):
+class UnbuildableError(Exception):
     """A model that cannot be built in miniature, and why."""
 
 
@@ -210,7 +272,7 @@ def _tiny_arguments(config_class: Any, special: dict[str, Any]) -> dict[str, Any
     for name in vars(default) if default is not None else TINY:
         try:
             value = getattr(default, name, 0)
-        except AttributeError:  # a number that differs from layer to layer
+        except Exception:  # a number that differs from layer to layer
             continue
         if name in subs or name.startswith("_"):
             continue
@@ -253,11 +315,19 @@ def build(entry: Entry, *, seed: int = 0) -> nn.Module:
     try:
         model = entry.model_class(tiny_config(entry))
     except Exception as error:
-        raise Unbuildable(f"{type(error).__name__}: {str(error).splitlines()[0][:120]}") from error
+        raise UnbuildableError(
+            f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        ) from error
     return model.eval()
 
 
 def inputs(entry: Entry, model: nn.Module) -> dict[str, Any]:
     """Arguments of a forward: token ids, and what else the model asks for; no labels."""
-    ids = torch.randint(4, VOCAB - 2, (2, 16), generator=torch.Generator().manual_seed(1))
-    return {"input_ids": ids}
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(4, VOCAB - 2, (2, 16), generator=generator)
+    arguments = {"input_ids": ids}
+    if getattr(model.config, "is_encoder_decoder", False):
+        arguments["decoder_input_ids"] = torch.randint(4, VOCAB - 2, (2, 12), generator=generator)
+    if entry.model_type == "blt":
+        arguments["use_cache"] = False
+    return arguments
