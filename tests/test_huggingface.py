@@ -136,7 +136,9 @@ FUSED: dict[str, Program] = {
         [F.cross_entropy(c.flatten(0, 1), i.flatten())
          for c, i in zip(z.split([1, 5], 1), IDS.split([1, 5], 1), strict=True)]
     ),
-    "rows": lambda z: torch.stack([F.cross_entropy(row, ids) for row, ids in zip(z, IDS, strict=True)]),
+    "rows": lambda z: torch.stack(
+        [F.cross_entropy(row, ids) for row, ids in zip(z, IDS, strict=True)]
+    ),
     "scaled": lambda z: ce(z * 0.3),
     "scaled left": lambda z: ce(0.3 * z),
     "divided": lambda z: ce(z / 3),

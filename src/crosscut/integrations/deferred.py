@@ -131,7 +131,7 @@ class _Defer(torch.autograd.Function):
             x if x is None else x.detach().requires_grad_(need)
             for x, need in zip(form.tensors(), needed, strict=True)
         )
-        with torch.enable_grad(), fsdp.unsharded(ctx.group.fsdp_hooks):
+        with torch.enable_grad(), fsdp.unsharded(tensors):
             logits = form.with_tensors(tensors).dense()
         wanted = [x for x in tensors if x is not None and x.requires_grad]
         with torch.no_grad():
@@ -280,7 +280,7 @@ class DeferredLogits(Tensor):
         with (
             torch.inference_mode(any(x.is_inference() for x in tensors)),
             torch.set_grad_enabled(grad),
-            fsdp.unsharded(group.fsdp_hooks),
+            fsdp.unsharded(tensors),
         ):
             real = self._compute()
             fsdp.watch(group.fsdp_hooks, real)
@@ -363,7 +363,7 @@ def _without_logits(func: Any, name: str, logits: DeferredLogits, args: Any, kwa
     group.check_versions()
     if not torch.is_grad_enabled():
         form = form.detach()
-    with fsdp.unsharded(group.fsdp_hooks):
+    with fsdp.unsharded(form.tensors()):
         found = REDUCED[name](form, *args[1:], **rest)
     if found is not NotImplemented:
         group.settings.log.fused[name] += 1
@@ -527,7 +527,7 @@ def _pin_what_escapes(name: str, found: Any, arguments: Any) -> None:
 
 _METADATA_NAMES = (
     "shape dtype device ndim layout requires_grad is_leaf grad_fn is_cuda is_cpu is_mps is_xpu "
-    "is_meta is_sparse is_quantized is_nested is_mkldnn itemsize nbytes output_nr _version"
+    "is_meta is_sparse is_quantized is_nested is_mkldnn itemsize nbytes output_nr _version _base"
 )
 _METADATA = {
     *(getattr(Tensor, name).__get__ for name in _METADATA_NAMES.split()),

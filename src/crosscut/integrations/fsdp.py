@@ -2,13 +2,16 @@
 
 A sharded module puts a hook on each of its outputs: when the gradient of one comes, it gathers its
 weights again. The gradient of deferred logits never comes, so the hook moves to the loss. And
-where a module's weights were freed after its forward, they are gathered around the loss.
+where the head's weight was freed after its forward, it is gathered around the loss. Gathering is
+collective: every rank must compute the loss, or read the logits.
+
+This file alone knows of FSDP2's insides, those of PyTorch 2.9 to 2.13.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,8 +20,9 @@ from torch import Tensor
 
 def is_hook(hook: Any) -> bool:
     """Whether this is the hook that FSDP2 puts on a module's outputs."""
-    state = getattr(hook, "__self__", None)
-    return hasattr(state, "_fsdp_param_groups") and hook.__name__ == "_pre_backward"
+    return type(getattr(hook, "__self__", None)).__name__ == "FSDPState" and (
+        hook.__name__ == "_pre_backward"
+    )
 
 
 def watch(hooks: list[Callable[[Tensor], Any]], result: Tensor) -> None:
@@ -29,20 +33,49 @@ def watch(hooks: list[Callable[[Tensor], Any]], result: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def unsharded(hooks: list[Callable[[Tensor], Any]]) -> Iterator[None]:
-    """Gather the weights that were freed since the forward; free them again after."""
-    freed = [
-        group
-        for hook in hooks
-        for group in hook.__self__._fsdp_param_groups  # pyright: ignore[reportFunctionMemberAccess]
-        if not group.is_unsharded
-    ]
-    for group in freed:
-        with torch.no_grad():
+def unsharded(tensors: Iterable[Tensor | None]) -> Iterator[None]:
+    """Gather those of the tensors that FSDP2 freed since the forward; free them again after."""
+    freed = [x for x in tensors if x is not None and x.numel() and _is_freed(x)]
+    groups = _groups_of(freed) if freed else []
+    with torch.no_grad():
+        for group in groups:
             group.unshard()
             group.wait_for_unshard()
     try:
         yield
     finally:
-        for group in freed:
-            group.reshard()
+        with torch.no_grad():
+            for group in groups:
+                group.reshard()
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.untyped_storage().size()
+
+
+def _groups_of(tensors: list[Tensor]) -> list[Any]:
+    """The parameter groups that own the tensors' memory."""
+    try:
+        from torch.distributed._composable_state import _module_state_mapping as states
+
+        groups = {
+            id(group): group
+            for reference in list(states.values())
+            for group in getattr(reference(), "_fsdp_param_groups", ())
+        }
+        wanted = {x.untyped_storage()._cdata for x in tensors}
+        return [
+            group
+            for group in groups.values()
+            if any(
+                hasattr(one, "_unsharded_param")
+                and one._unsharded_param.untyped_storage()._cdata in wanted
+                for one in group.fsdp_params
+            )
+        ]
+    except (ImportError, AttributeError) as changed:
+        raise RuntimeError(
+            f"PyTorch {torch.__version__} keeps FSDP2's weights in another way than the versions "
+            "2.9 to 2.13 that crosscut knows: compute the loss inside of the sharded model, or use "
+            "crosscut.integrations.huggingface.eager_logits()"
+        ) from changed
