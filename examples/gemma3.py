@@ -18,12 +18,15 @@ import transformers
 from torch import Tensor
 
 
-def load(dtype: torch.dtype = torch.bfloat16) -> Any:
+def load(dtype: torch.dtype = torch.float32) -> Any:
     """The model, in training mode. V=262,144, D=640."""
     with tempfile.TemporaryDirectory() as directory:
         file = weights.assemble(Path(directory) / weights.MODEL_NAME)
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=dtype
+            file.parent,
+            gguf_file=file.name,
+            dtype=dtype,
+            quantization_config=transformers.GgufConfig(dequantize=True),  # packed ones don't train
         )
     return model.train()
 

@@ -1,7 +1,7 @@
 """Fine-tune Gemma 3 270M with TRL's SFTTrainer and LoRA, on prompts and answers.
 
     pip install 'crosscut[trl]'
-    python examples/sft_lora.py [--steps 3] [--length 256]
+    python examples/sft_lora.py [--steps 2] [--length 128]
 
 TRL reads the head's weight itself and computes its loss in chunks of the vocabulary: training does
 not call the head. What does, evaluation with logits or generation, is deferred.
@@ -42,8 +42,8 @@ def tokenizer() -> Any:
 def main() -> None:
     """Train the adapters."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--length", type=int, default=128)
     options = parser.parse_args()
 
     texts = gemma3.windows(options.length, 16)

@@ -1,6 +1,6 @@
 """Fine-tune Gemma 3 270M with transformers' Trainer.
 
-python examples/trainer.py [--steps 3] [--length 256]
+python examples/trainer.py [--steps 2] [--length 128]
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from crosscut.integrations import huggingface
 def main() -> None:
     """Train, evaluate, and say what was fused."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--length", type=int, default=128)
     options = parser.parse_args()
 
-    texts = [{"input_ids": ids, "labels": ids} for ids in gemma3.windows(options.length, 16)]
+    texts = [{"input_ids": ids, "labels": ids} for ids in gemma3.windows(options.length, 8)]
     model = crosscut.defer_logits(gemma3.load())
     with tempfile.TemporaryDirectory() as directory:
         trainer = transformers.Trainer(
@@ -30,10 +30,9 @@ def main() -> None:
             transformers.TrainingArguments(
                 output_dir=directory,
                 max_steps=options.steps,
-                per_device_train_batch_size=1,
+                per_device_train_batch_size=2,
                 per_device_eval_batch_size=2,
-                gradient_accumulation_steps=2,
-                learning_rate=0.02,
+                learning_rate=1e-3,
                 optim="sgd",
                 logging_steps=1,
                 save_strategy="no",

@@ -106,6 +106,7 @@ TINY: dict[str, Any] = {
         """,
     ),
     "max_window_layers": 1,
+    "attention_window": 8,
     "type_vocab_size": 2,
     "index_head_dim": HEAD_DIM,
     "index_n_heads": 2,
