@@ -61,15 +61,15 @@ def run(layer: nn.Linear, program: Program) -> list[Tensor]:
     value = program(layer(hidden))
     if value.requires_grad:
         value.sum().backward()
-    grads: list[Any] = [hidden.grad, layer.weight.grad, getattr(layer.bias, "grad", None)]
+    grads = [hidden.grad, *[parameter.grad for parameter in layer.parameters()]]
     return [value.detach(), *[torch.zeros(()) if g is None else g for g in grads]]
 
 
 def assert_same(program: Program, layer: nn.Linear | None = None) -> nn.Linear:
     """Both ways agree; returns the head that deferred."""
-    layer = layer or head()
+    layer = head() if layer is None else layer
     ours = run(layer, program)
-    theirs = run(head(bias=layer.bias is not None, deferred=False), program)
+    theirs = run(head(bias="bias" in layer.state_dict(), deferred=False), program)
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.shape == other.shape
         assert mine.dtype == other.dtype
