@@ -1,7 +1,8 @@
 """Every model of transformers that builds in miniature, deferred and untouched, side by side.
 
     python3 tasks.py coverage            # all of them: minutes; writes docs/huggingface-coverage.md
-    python3 tasks.py coverage llama t5   # some, by model type; writes nothing
+    python3 tasks.py coverage --mapping masked   # all of a kind; writes their table there
+    python3 tasks.py coverage llama t5   # some, by model type or class; writes nothing
 
 A deferred model is judged against the untouched one in the same dtype, and both against the
 untouched one in float64: its error may be ``judging.FACTOR`` times the other's. What is bitwise
@@ -306,46 +307,55 @@ TITLES = {
 }
 
 
-def document(rows: list[Row], command: str) -> str:
-    """The tables, in Markdown."""
+HEADER = """# Models that train through crosscut
+
+Made by `python3 tasks.py coverage`, which builds every model of transformers in miniature and sets
+it, deferred, beside itself, untouched. What the columns say:
+[huggingface.md](huggingface.md#coverage). "–" : the untouched model cannot do it either, in
+miniature.
+"""
+
+
+def section(mapping: str, rows: list[Row]) -> str:
+    """The table of one mapping, in Markdown."""
     import transformers
 
+    tested = [row for row in rows if row.verdicts]
+    fused = [row for row in tested if row.fused == "fused"]
     lines = [
-        "# Models that train through crosscut",
+        f"## {TITLES[mapping]}",
         "",
-        f"Made by `{command}`, which builds every model of transformers {transformers.__version__} "
-        f"in miniature (PyTorch {torch.__version__}) and sets it, deferred, beside itself, "
-        "untouched. What each column checks: [huggingface.md](huggingface.md#coverage).",
-    ]  # fmt: skip
-    for mapping, title in TITLES.items():
-        found = [row for row in rows if row.entry.mapping == mapping]
-        if not found:
-            continue
-        tested = [row for row in found if row.verdicts]
-        fused = [row for row in tested if row.fused == "fused"]
-        wrong = [row for row in tested if not set(row.verdicts.values()) <= {"yes", "–"}]
+        f"transformers {transformers.__version__}, PyTorch {torch.__version__}. "
+        f"{len(rows)} models; {len(tested)} could be tested: {len(fused)} fused, {len(tested) - len(fused)} with real "
+        f"logits, {sum(map(is_wrong, tested))} wrong.",
+        "",
+        f"| model | a step with labels | {' | '.join(CHECKS)} |",
+        f"|---|---|{':-:|' * len(CHECKS)}",
+    ]
+    for row in tested:
+        verdicts = " | ".join(row.verdicts[name].split()[0] for name in CHECKS)
+        lines.append(f"| {row.entry.model_class.__name__} | {row.fused} | {verdicts} |")
+    if len(tested) < len(rows):
+        lines += ["", "Not tested:", ""]
         lines += [
-            "",
-            f"## {title}",
-            "",
-            f"{len(found)} models; {len(tested)} could be tested: {len(fused)} fused, "
-            f"{len(tested) - len(fused)} with real logits, {len(wrong)} wrong. "
-            "– : the untouched model cannot do it either, in miniature.",
-            "",
-            f"| model | a step with labels | {' | '.join(CHECKS)} |",
-            f"|---|---|{':-:|' * len(CHECKS)}",
+            f"- {row.entry.model_class.__name__}: {row.error or row.fused}".split("\n")[0][:160]
+            for row in rows
+            if not row.verdicts
         ]
-        for row in tested:
-            verdicts = " | ".join(row.verdicts[name].split()[0] for name in CHECKS)
-            lines.append(f"| {row.entry.model_class.__name__} | {row.fused} | {verdicts} |")
-        untested = [row for row in found if not row.verdicts]
-        if untested:
-            lines += ["", "Not tested:", ""]
-            lines += [
-                f"- {row.entry.model_class.__name__}: {row.error or row.fused}".replace("|", "/")
-                for row in untested
-            ]
     return "\n".join(lines) + "\n"
+
+
+def is_wrong(row: Row) -> bool:
+    return not set(row.verdicts.values()) <= {"yes", "–"}
+
+
+def write_section(mapping: str, rows: list[Row]) -> None:
+    """Replace one mapping's table in the document; the others stay."""
+    text = DOCUMENT.read_text() if DOCUMENT.exists() else ""
+    parts = {part.partition("\n")[0]: "## " + part for part in text.split("\n## ")[1:]}
+    parts[TITLES[mapping]] = section(mapping, rows)
+    tables = [parts[title].strip() + "\n" for title in TITLES.values() if title in parts]
+    DOCUMENT.write_text("\n".join([HEADER, *tables]))
 
 
 def main() -> int:
@@ -358,8 +368,9 @@ def main() -> int:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    rows: list[Row] = []
+    number_wrong = 0
     for mapping in arguments.mapping or zoo.MAPPINGS:
+        rows: list[Row] = []
         for entry in zoo.entries(mapping):
             names = {entry.model_type, entry.model_class.__name__}
             if arguments.models and not names & set(arguments.models):
@@ -377,9 +388,10 @@ def main() -> int:
                 sep="\n    ",
                 flush=True,
             )
-    if not arguments.models and not arguments.mapping:
-        DOCUMENT.write_text(document(rows, "python3 tasks.py coverage"))
-    return sum(not set(row.verdicts.values()) <= {"yes", "–"} for row in rows)
+        if not arguments.models:
+            write_section(mapping, rows)
+        number_wrong += sum(map(is_wrong, rows))
+    return number_wrong
 
 
 if __name__ == "__main__":

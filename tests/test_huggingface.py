@@ -65,11 +65,11 @@ def run(layer: nn.Linear, program: Program) -> list[Tensor]:
     return [value.detach(), *[torch.zeros(()) if g is None else g for g in grads]]
 
 
-def assert_same(program: Program, layer: nn.Linear | None = None) -> nn.Linear:
+def assert_same(program: Program, *, bias: bool = True) -> nn.Linear:
     """Both ways agree; returns the head that deferred."""
-    layer = head() if layer is None else layer
+    layer = head(bias=bias)
     ours = run(layer, program)
-    theirs = run(head(bias="bias" in layer.state_dict(), deferred=False), program)
+    theirs = run(head(bias=bias, deferred=False), program)
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.shape == other.shape
         assert mine.dtype == other.dtype
@@ -177,7 +177,7 @@ FUSED: dict[str, Program] = {
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
 @pytest.mark.parametrize("name", FUSED)
 def test_fused(name, bias):
-    log = log_of(assert_same(FUSED[name], head(bias=bias)))
+    log = log_of(assert_same(FUSED[name], bias=bias))
     assert log.fused
     assert not log.materialized
 
