@@ -326,8 +326,8 @@ def section(mapping: str, rows: list[Row]) -> str:
         f"## {TITLES[mapping]}",
         "",
         f"transformers {transformers.__version__}, PyTorch {torch.__version__}. "
-        f"{len(rows)} models; {len(tested)} could be tested: {len(fused)} fused, {len(tested) - len(fused)} with real "
-        f"logits, {sum(map(is_wrong, tested))} wrong.",
+        f"{len(rows)} models; {len(tested)} could be tested: {len(fused)} fused, "
+        f"{len(tested) - len(fused)} with real logits, {sum(map(is_wrong, tested))} wrong.",
         "",
         f"| model | a step with labels | {' | '.join(CHECKS)} |",
         f"|---|---|{':-:|' * len(CHECKS)}",

@@ -173,7 +173,25 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 """Name of a number in a configuration -> its value in miniature, where the model has it."""
 
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+"""Rotary positions in three dimensions, of heads of ``HEAD_DIM``."""
+
 SPECIAL: dict[str, dict[str, Any]] = {
+    **{
+        name: {"text_config.rope_parameters": MROPE}
+        for name in (
+            "Glm46VForConditionalGeneration",
+            "Glm4vForConditionalGeneration",
+            "GlmOcrForConditionalGeneration",
+            "PaddleOCRVLForConditionalGeneration",
+            "Qwen2VLForConditionalGeneration",
+            "Qwen2_5OmniThinkerForConditionalGeneration",
+            "Qwen2_5_VLForConditionalGeneration",
+        )
+    },
+    "XmodForMaskedLM": {"default_language": "en_XX"},
+    "EsmForMaskedLM": {"vocab_size": VOCAB, "mask_token_id": 3, "pad_token_id": 0},
+    "Mistral4ForCausalLM": {"qk_rope_head_dim": HEAD_DIM, "head_dim": 2 * HEAD_DIM},
     "BambaForCausalLM": {"attn_layer_indices": [1]},
     "GraniteMoeHybridForCausalLM": {"layer_types": ["mamba", "attention"]},
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},

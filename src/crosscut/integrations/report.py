@@ -85,9 +85,9 @@ class HeadSettings:
         if not under_grad or self.on_materialize == "silent":
             return
         message = (
-            f"{what} at {event.where} needs the logits, so {list(shape)} of them are computed and "
-            "the loss may need them again in its backward. "
-            "crosscut.integrations.huggingface.explain(model) lists every such place"
+            f"{what} at {event.where} needs the logits: {list(shape)} of them are computed, and "
+            "take the memory that deferring them saves. on_materialize='error' stops at the first "
+            "such place, crosscut.integrations.huggingface.explain(model) lists all"
         )
         if self.on_materialize == "error":
             raise LogitsMaterializedError(message)
