@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -316,6 +317,10 @@ DENSE: dict[str, Program] = {
     "function before a write": lambda z: (Doubled.apply(z), z.mul_(2))[0],
     "function of a view after a write": lambda z: _function_after_a_write(z.view(-1, V)[3:]),
     "function after a hook": lambda z: (z.register_hook(lambda g: 3 * g), Doubled.apply(z))[1],
+    "numpy index": lambda z: z[numpy.int64(1)].logsumexp(-1),
+    "list index": lambda z: z[[1, 0]].logsumexp(-1),
+    "axis": lambda z: z.log_softmax(-1).sum(axis=-1) + z.logsumexp(-1),
+    "named dimensions": lambda z: z.log_softmax(-1).sum(dim=(0, 1)),
     "data": written(lambda z: z.data.mul_(2)),
     "detached write": written(lambda z: z.detach().mul_(2)),
     "backward": lambda z: (z.backward(torch.ones_like(z), retain_graph=True), z.sum())[1],
@@ -545,6 +550,53 @@ def test_write_to_what_was_materialised():
     materialize(logits).mul_(2)
     with pytest.raises(RuntimeError, match="read those before the write"):
         half.sum()
+
+
+def test_written_elsewhere():
+    """What is only read by a write into something else is still fused after."""
+
+    def program(logits: Tensor) -> Tensor:
+        buffer = torch.zeros(B, T, V, dtype=torch.float64)
+        buffer.copy_(logits.detach())
+        buffer[0] = logits[0].detach()
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            buffer.add_(logits)
+        return ce(logits) + buffer.mean()
+
+    assert log_of(assert_same(program)).fused
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["read inside", "read outside"])
+def test_read_log_probabilities_of_autocast(inside):
+    """They are computed as they would have been where they were asked for."""
+    results = []
+    for layer in (head(), head(deferred=False)):
+        with torch.autocast("cpu", torch.bfloat16):
+            values = F.log_softmax(layer.float()(hidden_states().float()), -1)
+            read = values.exp() if inside else values
+        results.append((values.dtype, read if inside else read.exp()))
+    (dtype, read), (their_dtype, expected) = results
+    assert dtype == their_dtype == values.to("cpu").dtype
+    assert torch.equal(read, expected)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        lambda z: F.cross_entropy(z.view(-1, V), FLAT),
+        lambda z: F.nll_loss(F.log_softmax(z.view(-1, V), -1), FLAT),
+        lambda z: z.logsumexp(-1),
+        lambda z: F.log_softmax(z, -1).sum(-1),
+        lambda z: F.log_softmax(z, -1).gather(-1, IDS[..., None]),
+        lambda z: z.gather(-1, IDS[..., None]),
+    ],
+)
+def test_dtypes_under_autocast(program):
+    dtypes = []
+    for layer in (head(), head(deferred=False)):
+        with torch.autocast("cpu", torch.bfloat16):
+            dtypes.append(program(layer.float()(hidden_states().float())).dtype)
+    assert dtypes[0] == dtypes[1]
 
 
 class TestOnMaterialize:

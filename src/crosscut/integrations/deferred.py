@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_any, tree_leaves, tree_map
 
 from crosscut.integrations import fsdp
-from crosscut.integrations.form import RECORDED, REDUCED, LogitForm
+from crosscut.integrations.form import RECORDED, REDUCED, LogitForm, knows_arguments
 from crosscut.integrations.report import HeadSettings
 
 _NoTorchFunction = torch._C.DisableTorchFunctionSubclass
@@ -242,23 +242,23 @@ class DeferredLogits(Tensor):
             held._form, held._group = source._form.detach(), source._group
             held._compute = lambda: source._values(name).detach()
             return held
-        if name == "copy_" and args[1] is cast(DeferredLogits, args[0])._real:
+        if name == "copy_" and type(args[0]) is DeferredLogits and args[1] is args[0]._real:
             return args[0]  # _Group.follow
         given = [x for x in tree_leaves((args, kwargs)) if type(x) is DeferredLogits]
-        if func._schema.is_mutable:
-            for logits in given:
-                if any(x is not None and x.requires_grad for x in logits._form.tensors()):
-                    raise RuntimeError(
-                        f"{name} writes to deferred logits below Python: give it what "
-                        "crosscut.integrations.huggingface.materialize(outputs) returns"
-                    )
-                logits._pin(f"written in place by {name}")
+        written = _written_by_schema(func, args, kwargs)
+        for logits in written:
+            if any(x is not None and x.requires_grad for x in logits._form.tensors()):
+                raise RuntimeError(
+                    f"{name} writes to deferred logits below Python: give it what "
+                    "crosscut.integrations.huggingface.materialize(outputs) returns"
+                )
+            logits._pin(f"written in place by {name}")
         # Autograd is switched off here: logits that want a graph are not kept.
         real = {id(x): _value_below_autograd(x, name) for x in given}
         real_args, real_kwargs = tree_map(lambda x: real.get(id(x), x), (args, kwargs))
         found = func(*real_args, **real_kwargs)
-        written = {id(real[id(x)]): x for x in given} if func._schema.is_mutable else {}
-        return tree_map(lambda x: written.get(id(x), x), found)
+        returned = {id(real[id(x)]): x for x in written}
+        return tree_map(lambda x: returned.get(id(x), x), found)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # pyright: ignore
         form = self._form
@@ -325,6 +325,14 @@ def _value_below_autograd(logits: DeferredLogits, what: str) -> Tensor:
     return real
 
 
+def _written_by_schema(func: Any, args: Any, kwargs: Any) -> list[DeferredLogits]:
+    """Those arguments of an operator that it writes to."""
+    writes = [a.name for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
+    named = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}
+    values = [{**named, **kwargs}.get(name) for name in writes]
+    return [x for x in tree_leaves(values) if type(x) is DeferredLogits]
+
+
 def as_dense(value: Any, what: str = "") -> Any:
     """The real logits of deferred ones; anything else as it is."""
     return value._dense(what) if type(value) is DeferredLogits else value
@@ -338,6 +346,8 @@ def _without_logits(func: Any, name: str, logits: DeferredLogits, args: Any, kwa
         return NotImplemented
     rest = {k: v for k, v in kwargs.items() if k != "input"}
     form, group = logits._form, logits._group
+    if not knows_arguments(name, rest):
+        return NotImplemented
     if name in RECORDED:
         if not torch.is_grad_enabled():
             form = form.detach()
@@ -352,10 +362,14 @@ def _without_logits(func: Any, name: str, logits: DeferredLogits, args: Any, kwa
                 if other._group.__dict__ is not group.__dict__:
                     group.absorb(other._group)
 
+        device = form.device.type
+        autocast = (torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+
         def again() -> Tensor:
-            # A view of tokens that are no longer contiguous is a copy here; it was one there.
+            # A view of tokens that are not contiguous is a copy here: a form has no strides.
             replayed = Tensor.reshape if name == "view" else func
-            return replayed(*(as_dense(x) for x in args), **kwargs)
+            with torch.autocast(device, autocast[0], enabled=autocast[1]):
+                return replayed(*(as_dense(x) for x in args), **kwargs)
 
         return _make(found, group, again)
     if name not in REDUCED:
@@ -496,14 +510,13 @@ _WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "_
 def _write(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """In place: every alias becomes real first, then the write happens to the real logits."""
     written = args[0] if args else kwargs.get("input")
-    for value in (*args, kwargs.get("out")):
-        if type(value) is DeferredLogits:
-            value._pin(f"written in place by {name}")
+    targets = [x for x in tree_leaves((written, kwargs.get("out"))) if type(x) is DeferredLogits]
+    for target in targets:
+        target._pin(f"written in place by {name}")
     real_args, real_kwargs = tree_map(lambda x: as_dense(x, name), (args, kwargs))
     found = func(*real_args, **real_kwargs)
-    for value in (*args, kwargs.get("out")):
-        if type(value) is DeferredLogits:
-            value._group.follow()
+    for target in targets:
+        target._group.follow()
     if type(written) is DeferredLogits and found is real_args[0]:
         return written
     return found

@@ -13,6 +13,7 @@ Plain PyTorch, in Python that ``torch.compile`` traces.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -328,7 +329,8 @@ def _squeeze(form: LogitForm, dim: Any = None) -> Any:
 def _getitem(form: LogitForm, index: Any) -> Any:
     """Slices, integers, None, Ellipsis, and at most one tensor, which picks tokens."""
     index = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(part, (list, bool)) for part in index):
+    kinds = (int, slice, Tensor, type(None), type(Ellipsis))
+    if any(isinstance(part, bool) or not isinstance(part, kinds) for part in index):
         return NotImplemented
     tensors = [part for part in index if isinstance(part, Tensor)]
     if len(tensors) > 1 or (tensors and any(isinstance(part, int) for part in index)):
@@ -448,7 +450,7 @@ def _add_form(form: LogitForm, other: LogitForm) -> Any:
 def _log_softmax(form: LogitForm, dim: int | None = None, dtype: Any = None, **kwargs: Any) -> Any:
     if form.log_factor is not None or dim is None or _dim(form, dim) != form.vdim:
         return NotImplemented
-    wide = dtype or _autocast_to_float32(form.dtype, form.device)
+    wide = dtype or _result_dtype(torch.log_softmax, form, target=False)
     return replace(form, log_factor=1.0, dtype=wide)
 
 
@@ -518,7 +520,7 @@ def _cross_entropy(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
     )
-    return loss.to(_autocast_to_float32(form.dtype, form.device))
+    return loss.to(_result_dtype(F.cross_entropy, form, target=True))
 
 
 def _nll_loss(
@@ -535,7 +537,7 @@ def _nll_loss(
     if not _is_target(form, target):
         return NotImplemented
     loss = form.cross_entropy(target, weight=weight, reduction=reduction, ignore_index=ignore_index)
-    return (form.log_factor * loss).to(_autocast_to_float32(form.dtype, form.device))
+    return (form.log_factor * loss).to(_result_dtype(F.nll_loss, form, target=True))
 
 
 def _gather(form: LogitForm, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
@@ -557,7 +559,8 @@ def _logsumexp(form: LogitForm, dim: Any, keepdim: bool = False) -> Any:
     if form.log_factor is not None or not isinstance(dim, int) or _dim(form, dim) != form.vdim:
         return NotImplemented
     lse, _ = form.lse()
-    return (lse.unsqueeze(form.vdim) if keepdim else lse).to(form.dtype)
+    dtype = _result_dtype(torch.logsumexp, form, target=False)
+    return (lse.unsqueeze(form.vdim) if keepdim else lse).to(dtype)
 
 
 def _sum(form: LogitForm, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
@@ -573,7 +576,8 @@ def _sum(form: LogitForm, dim: Any = None, keepdim: bool = False, *, dtype: Any 
     # A target spread over all classes has the mean of -log_prob for its loss.
     mean = form.cross_entropy(first, label_smoothing=1.0)
     total = (-form.log_factor * form.num_classes) * mean
-    return (total.unsqueeze(form.vdim) if keepdim else total).to(dtype or form.dtype)
+    dtype = dtype or _result_dtype(torch.sum, form, target=False)
+    return (total.unsqueeze(form.vdim) if keepdim else total).to(dtype)
 
 
 REDUCED: dict[str, Callable[..., Any]] = {
@@ -584,6 +588,23 @@ REDUCED: dict[str, Callable[..., Any]] = {
     "sum": _sum,
 }
 """Name of a function or method -> the numbers it makes of a form, or NotImplemented."""
+
+
+def _keywords(function: Callable[..., Any]) -> frozenset[str] | None:
+    """Names of its parameters; None where it takes any."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return frozenset(p.name for p in parameters)
+
+
+_KEYWORDS = {name: _keywords(function) for name, function in {**RECORDED, **REDUCED}.items()}
+
+
+def knows_arguments(name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether what is done to a form by this name takes these keywords (``axis=``, for one)."""
+    known = _KEYWORDS.get(name)
+    return known is None or all(keyword in known for keyword in kwargs)
 
 
 def _dim(form: LogitForm, dim: int) -> int:
@@ -605,8 +626,10 @@ def _is_target(form: LogitForm, target: Any) -> bool:
     )
 
 
-def _autocast_to_float32(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Dtype of a loss or log_softmax: autocast makes those in float32."""
-    if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
-        return torch.float32
-    return dtype
+def _result_dtype(function: Callable[..., Tensor], form: LogitForm, *, target: bool) -> torch.dtype:
+    """Dtype that ``function`` gives the logits; autocast widens some, on some devices: ask it."""
+    if form.dtype == torch.float64 or not torch.is_autocast_enabled(form.device.type):
+        return form.dtype
+    logits = torch.zeros(1, 1, dtype=form.dtype, device=form.device)
+    second = torch.zeros(1, dtype=torch.int64, device=form.device) if target else -1
+    return function(logits, second).dtype

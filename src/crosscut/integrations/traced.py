@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from crosscut.integrations.deferred import DeferredLogits, defer
-from crosscut.integrations.form import RECORDED, REDUCED, LogitForm
+from crosscut.integrations.form import RECORDED, REDUCED, LogitForm, knows_arguments
 from crosscut.integrations.report import HeadSettings
 
 
@@ -107,6 +107,8 @@ class TracedLogits:
 
 def _without_logits(name: str, logits: TracedLogits, args: tuple[Any, ...], kwargs: Any) -> Any:
     form = logits._form
+    if not knows_arguments(name, kwargs):
+        return NotImplemented
     if name in RECORDED:
         others = tuple(x._form if isinstance(x, TracedLogits) else x for x in args)
         found = RECORDED[name](form, *others, **kwargs)
