@@ -312,7 +312,7 @@ HEADER = """# Models that train through crosscut
 Made by `python3 tasks.py coverage`, which builds every model of transformers in miniature and sets
 it, deferred, beside itself, untouched. What the columns say:
 [huggingface.md](huggingface.md#coverage). "–" : the untouched model cannot do it either, in
-miniature.
+miniature or, where gradients are judged, in float64.
 """
 
 
@@ -322,12 +322,14 @@ def section(mapping: str, rows: list[Row]) -> str:
 
     tested = [row for row in rows if row.verdicts]
     fused = [row for row in tested if row.fused == "fused"]
+    judged = [row for row in tested if row.verdicts["labels"] != "–"]
     lines = [
         f"## {TITLES[mapping]}",
         "",
         f"transformers {transformers.__version__}, PyTorch {torch.__version__}. "
         f"{len(rows)} models; {len(tested)} could be tested: {len(fused)} fused, "
-        f"{len(tested) - len(fused)} with real logits, {sum(map(is_wrong, tested))} wrong.",
+        f"{len(tested) - len(fused)} with real logits, {sum(map(is_wrong, tested))} wrong. "
+        f"{len(judged)} can run in float64, so that their gradients could be judged.",
         "",
         f"| model | a step with labels | {' | '.join(CHECKS)} |",
         f"|---|---|{':-:|' * len(CHECKS)}",
