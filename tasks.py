@@ -66,6 +66,12 @@ def bench(arguments: list[str]) -> None:
     tool("crosscut", "bench", "--workload", "gemma3-270m", *arguments)
 
 
+def coverage(arguments: list[str]) -> None:
+    """Every model of transformers in miniature, deferred and not; some, if named. Takes minutes."""
+    setup([])
+    tool("python", "tests/huggingface_coverage.py", *arguments)
+
+
 def lint(_: list[str]) -> None:
     """Style, types, and the direction of imports."""
     setup([])
@@ -94,13 +100,13 @@ def clean(_: list[str]) -> None:
         shutil.rmtree(ROOT / name, ignore_errors=True)
 
 
-TASKS: tuple[Callable[[list[str]], None], ...] = (setup, bench, test, lint, fix, clean)
+TASKS: tuple[Callable[[list[str]], None], ...] = (setup, bench, test, coverage, lint, fix, clean)
 
 
 def main() -> None:
     """Read the command line."""
     tasks = {task.__name__: task for task in TASKS}
-    lines = [f"  {name:6} {task.__doc__}" for name, task in tasks.items()]
+    lines = [f"  {name:8} {task.__doc__}" for name, task in tasks.items()]
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="tasks:\n" + "\n".join(lines),

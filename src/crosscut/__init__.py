@@ -17,6 +17,7 @@ from crosscut.functional import (
     linear_log_probs,
     token_statistics,
 )
+from crosscut.integrations.huggingface import defer_logits, undefer_logits
 from crosscut.module import LinearCrossEntropy
 from crosscut.options import Divergence, GradientPolicy, set_workspace_limit, workspace_limit
 from crosscut.statistics import TokenStatistics
@@ -28,6 +29,7 @@ __all__ = [
     "GradientSparsity",
     "LinearCrossEntropy",
     "TokenStatistics",
+    "defer_logits",
     "explain",
     "gradient_sparsity",
     "linear_cross_entropy",
@@ -36,6 +38,7 @@ __all__ = [
     "linear_topk_kl_div",
     "set_workspace_limit",
     "token_statistics",
+    "undefer_logits",
     "workspace_limit",
 ]
 

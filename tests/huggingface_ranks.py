@@ -1,0 +1,104 @@
+"""What each of two gloo ranks runs for ``test_huggingface_distributed.py``: one training step.
+
+    torchrun --nproc-per-node 2 huggingface_ranks.py FILE KIND...
+
+Rank 0 writes to FILE, for each kind, loss and gradients of the deferred model, of the untouched
+one, and of that one in float64; an error of a kind in their place.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+import traceback
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from huggingface_zoo import build
+from test_huggingface_models import FEW, entry_of
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import crosscut
+from crosscut.integrations import huggingface
+
+IDS = torch.randint(4, 90, (4, 12), generator=torch.Generator().manual_seed(5))
+
+
+def wrap(model: Any, kind: str) -> Any:
+    if kind.startswith("ddp"):
+        return DistributedDataParallel(model, find_unused_parameters="unused" in kind)
+    reshard = "reshard" in kind
+    for layer in model.model.layers:
+        fully_shard(layer)
+    if "head" in kind:
+        fully_shard(model.lm_head, reshard_after_forward=True)
+    return fully_shard(model, reshard_after_forward=reshard or None)
+
+
+def step(model: Any, kind: str, rank: int) -> tuple[Tensor, dict[str, Tensor]]:
+    ids = IDS[2 * rank : 2 * rank + 2]
+    loss = torch.zeros(())
+    for _ in range(2):  # the second time, all is as in the middle of a training
+        model.zero_grad()
+        if "outside" in kind:
+            logits = model(input_ids=ids).logits
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        else:
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        grad: Any = parameter.grad
+        gradients[name.removeprefix("module.")] = (
+            grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        ).clone()
+    return total / 2, gradients
+
+
+def run(kind: str, rank: int) -> dict[str, Any]:
+    """Every model of one kind."""
+    results: dict[str, Any] = {}
+    for which in ("deferred", "untouched", "exact"):
+        model: Any = build(entry_of("LlamaForCausalLM", FEW["LlamaForCausalLM"]))
+        if which == "exact":
+            model = model.double()
+        if which == "deferred":
+            crosscut.defer_logits(model, min_numel=0, on_materialize="silent")
+        wrapped = wrap(model, kind)
+        results[which] = step(wrapped, kind, rank)
+        if which == "deferred":
+            log = huggingface.explain(wrapped)[0].log
+            results["fused"] = log.fused.total()
+            results["materialised"] = [str(event) for event in log.materialized]
+        with torch.no_grad():
+            logits = huggingface.materialize(wrapped(input_ids=IDS).logits)
+        results[f"{which} logits"] = logits
+    return results
+
+
+def main() -> None:
+    """Run the kinds."""
+    file, *kinds = sys.argv[1:]
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    results: dict[str, Any] = {}
+    for kind in kinds:
+        try:
+            results[kind] = run(kind, dist.get_rank())
+        except Exception:  # the other rank has it too
+            results[kind] = traceback.format_exc()
+    if dist.get_rank() == 0:
+        torch.save(results, file)
+    dist.destroy_process_group()
+    sys.stderr.flush()
+    os._exit(0)  # the interpreter's end races with gloo's threads, and aborts now and then
+
+
+if __name__ == "__main__":
+    main()
