@@ -1,9 +1,8 @@
 """Triton kernels for NVIDIA GPUs: forward and backward at the speed of the matmuls they hold.
 
-Forward: one kernel for the log-sum-exp, one for the target logits; O(N) memory. Backward: in
-:mod:`.backward`, chunk by chunk of the vocabulary, exact or with the paper's filter.
-
-Under ``"auto"`` the gradient is the exact one.
+:mod:`.forward` is Algorithms 1 and 2 of the paper (arXiv:2411.09009), and marks the columns of the
+softmax that are worth computing again. :mod:`.filtered` computes those, the gradient under
+``"auto"``; :mod:`.sweep` computes them all, or the paper's tiles. See docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ class TritonBackend:
                 len(problem.classifier),
                 dtype=torch.bfloat16,
             ),
-            tail_mass=new(num_tokens if sloped else 0),
+            tail_mass=new(num_tokens if sloped else 0),  # sum of slope p; 1 without a softcap
         )
 
     def backward(
