@@ -60,7 +60,8 @@ class PairGradient(NamedTuple):
 @triton.jit
 def is_entry_of(dz, d_lse, is_target):
     """Whether an element of dz, as stored, is an entry of dC."""
-    return (tl.abs(dz) > ENTRY * tl.abs(d_lse)) | is_target
+    negligible = tl.abs(dz) <= ENTRY * tl.abs(d_lse)  # a NaN is not
+    return (negligible == 0) | is_target
 
 
 @triton.jit

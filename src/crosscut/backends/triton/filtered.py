@@ -35,63 +35,61 @@ from crosscut.kernels.tiles import Head, Kernel, choose_tiles
 
 
 def filtered_gradients(
-    problem: HeadProblem,
-    statistics: Statistics,
-    side_by_side: KeptTokens,
-    out: Gradients,
+    problem: HeadProblem, statistics: Statistics, together: KeptTokens, out: Gradients
 ) -> None:
     """Fill ``out`` from what the forward left in ``statistics``."""
+    filters = _from_kept_pairs(problem, statistics, together, out)
+    exact = replace(problem, options=replace(problem.options, policy="exact"))
+    num_rows = torch.where(filters, -1, together.kept.count)
+    sweep(exact, together._replace(tokens=together.tokens._replace(num_rows=num_rows)), out)
+
+
+def _from_kept_pairs(
+    problem: HeadProblem, statistics: Statistics, together: KeptTokens, out: Gradients
+) -> Tensor:
+    """Fill ``out`` if the softmax allows it. Returns whether it does, [] bool."""
     hidden, classifier = problem.hidden, problem.classifier
-    kept, tokens, _, scale = side_by_side
+    kept, tokens, _, scale = together
     tiles = choose_tiles(Kernel.PAIRS, hidden)
     head = Head(hidden, classifier, None, problem.options.logit_scale, problem.options.softcap)
-    column_mass = statistics.column_mass
-    blocks = len(column_mass)
+    blocks = len(statistics.column_mass)
+    slots = (math.ceil(most_pairs(problem) / tiles.block_v) + blocks) * tiles.block_v
     num_blocks = (kept.count[0] + tiles.block_n - 1) // tiles.block_n
-    most = math.ceil(most_pairs(problem) / tiles.block_v) + blocks
     pairs = kept_pairs(
-        column_mass, num_blocks, num_slots=most * tiles.block_v, block_slots=tiles.block_v
+        statistics.column_mass, num_blocks, num_slots=slots, block_slots=tiles.block_v
     )
     filters = pairs.fits
     if problem.options.policy == "auto":
         filters = filters & (pairs.tail.sum() * DROP_BELOW <= MAX_TAIL * kept.count[0])
     tokens = tokens._replace(num_rows=torch.where(filters, kept.count, -1))
 
-    column_mass = column_mass.clamp_min(0)
-    tail_of_classes = None
-    if out.hidden is not None:
-        tail_of_classes = _product(column_mass, classifier)  # [blocks, D]
+    column_mass = statistics.column_mass.clamp_min(0)
+    by_block = _product(column_mass, classifier) if out.hidden is not None else None  # [blocks, D]
     gradient = pair_gradient(head, tokens, pairs, column_mass, tiles, drop_below=DROP_BELOW)
     slope_mean = None
     if problem.options.softcap is not None:
         slope_mean = statistics.tail_mass[kept.rows.clamp_min(0).long()]
-    tail_hidden, tail_classes = tail_of_tokens(tokens, slope_mean, pairs, gradient, tiles)
-    if out.hidden is not None and tail_of_classes is not None:
+    for_hidden, for_classifier = tail_of_tokens(tokens, slope_mean, pairs, gradient, tiles)
+    if out.hidden is not None and by_block is not None:
         out.hidden.zero_()
         hidden_rows(
             out.hidden, tokens, kept.rows, gradient.dz, classifier, pairs,
-            (tail_hidden, tail_of_classes), scale, choose_tiles(Kernel.PAIR_MATMUL, hidden),
+            (for_hidden, by_block), scale, choose_tiles(Kernel.PAIR_MATMUL, hidden),
         )  # fmt: skip
     if out.classifier is not None:
         entries = list_entries(tokens, pairs, gradient, most=ENTRIES_PER_TOKEN * len(hidden))
         filters = filters & entries.fits
         tokens = tokens._replace(num_rows=torch.where(filters, kept.count, -1))
-        tail = (
-            column_mass,
-            torch.bmm(
-                tail_classes.view(blocks, 1, -1).to(column_mass),
-                tokens.hidden.view(blocks, -1, hidden.shape[1]).to(column_mass),
-            )[:, 0],
-        )  # [blocks, V], [blocks, D]
+        rows = torch.bmm(
+            for_classifier.view(blocks, 1, -1).to(column_mass),
+            tokens.hidden.view(blocks, -1, hidden.shape[1]).to(column_mass),
+        )[:, 0]  # [blocks, D]
+        tail = column_mass, rows
         tiles = choose_tiles(Kernel.ENTRY_MATMUL, hidden)
         classifier_rows(out.classifier, tokens, entries, pairs, tail, scale, tiles)
         tiles = choose_tiles(Kernel.POPULAR_MATMUL, hidden)
         popular_rows(out.classifier, tokens, gradient.dz, pairs, tail, scale, tiles)
-
-    del gradient, pairs, column_mass  # their memory is the sweep's now
-    exact = replace(problem, options=replace(problem.options, policy="exact"))
-    tokens = tokens._replace(num_rows=torch.where(filters, -1, kept.count))
-    sweep(exact, side_by_side._replace(tokens=tokens), out)
+    return filters
 
 
 def _product(column_mass: Tensor, classifier: Tensor) -> Tensor:
