@@ -33,8 +33,8 @@ class BlocksBackend:
 
     def forward(self, problem: HeadProblem, *, for_backward: bool) -> Statistics:
         check_labels(problem)
-        filtered = for_backward and _filters_columns(problem)
-        return compute_statistics(problem, filter_columns=filtered)
+        filters = _filters_columns(problem)
+        return compute_statistics(problem, filter_columns=for_backward and filters, scouts=filters)
 
     def forward_like(self, problem: HeadProblem, *, for_backward: bool) -> Statistics:
         num_tokens, num_classes = problem.hidden.shape[0], problem.classifier.shape[0]

@@ -68,10 +68,14 @@ def column_blocks(num_tokens: int) -> int:
     return math.ceil(num_tokens / BLOCK_N)
 
 
-def compute_statistics(problem: HeadProblem, *, filter_columns: bool) -> Statistics:
-    """The statistics of every row that takes part; zeros elsewhere."""
+def compute_statistics(problem: HeadProblem, *, filter_columns: bool, scouts: bool) -> Statistics:
+    """The statistics of every row that takes part; zeros elsewhere.
+
+    ``scouts`` go first wherever a filter would want them, also if there is none because no gradient
+    is: the statistics are the same bits either way.
+    """
     rows = problem.rows
-    sweep = _Sweep(problem, rows, filter_columns=filter_columns)
+    sweep = _Sweep(problem, rows, filter_columns=filter_columns, scouts=scouts)
     if len(rows):
         sweep.visit_scouts()
         for start in range(0, sweep.num_classes, BLOCK_V):
@@ -87,7 +91,7 @@ def compute_statistics(problem: HeadProblem, *, filter_columns: bool) -> Statist
     dtype = problem.statistics_dtype
     return Statistics(
         lse=scatter(sweep.lse.to(dtype)),
-        target_logit=scatter(sweep.target_logit.view(-1, *problem.labels.shape[1:])),
+        target_logit=scatter(sweep.target_logit.to(dtype).view(-1, *problem.labels.shape[1:])),
         logit_sum=none() if problem.logit_weight is None else scatter(sweep.finish_logit_sum()),
         entropy=scatter(sweep.finish_entropy().to(dtype)) if problem.entropy else none(),
         argmax=scatter(sweep.finish_argmax()) if problem.ranks else rows[:0].clone(),
@@ -100,7 +104,9 @@ def compute_statistics(problem: HeadProblem, *, filter_columns: bool) -> Statist
 class _Sweep:
     """One pass over the vocabulary. Vectors are [R], for the R rows that take part."""
 
-    def __init__(self, problem: HeadProblem, rows: Tensor, *, filter_columns: bool) -> None:
+    def __init__(
+        self, problem: HeadProblem, rows: Tensor, *, filter_columns: bool, scouts: bool
+    ) -> None:
         self.problem = problem
         self.logits = LogitBlocks(problem)
         self.num_classes = problem.classifier.shape[0]
@@ -115,7 +121,7 @@ class _Sweep:
         # What the next block is made relative to: the running log-sum-exp, and before there is
         # one the highest of the targets' logits. Always finite.
         highest = self.target_logit.masked_fill(self.labels < 0, -math.inf).amax(1)
-        self.reference = torch.where(highest.isfinite(), highest, 0)
+        self.reference = torch.where(highest.isfinite(), highest, 0).to(self.logits.dtype)
 
         self.target_rank = torch.zeros_like(rows)
         self.best_class = torch.zeros_like(rows)  # of all but the target
@@ -126,7 +132,7 @@ class _Sweep:
         self.mean_row = zeros.new_zeros(problem.classifier.shape[1])  # [D], logit_weight @ C
 
         self.filter_columns = filter_columns
-        wants_scouts = filter_columns or self.logits.fast != self.logits.dtype
+        wants_scouts = scouts or self.logits.fast != self.logits.dtype
         most = min(MAX_SCOUTS, self.num_classes // 16) if wants_scouts else 0
         self.scouts = _most_frequent(self.labels[self.labels >= 0], most)  # sorted
         blocks = column_blocks(problem.labels.shape[0]) if filter_columns else 0
@@ -221,15 +227,14 @@ class _Sweep:
 
     def _indexed_matmul(self) -> Tensor:
         """Algorithm 1: each hidden state times the classifier rows of its labels, [R, K]."""
-        target_logit = torch.zeros_like(self.labels, dtype=self.logits.dtype)
+        target_logit = torch.zeros_like(self.labels, dtype=self.logits.wide)
         for _, part, hidden in self._tokens():
             # A loss may be far smaller than the two numbers it is the difference of.
             wide = hidden.to(self.logits.wide)
             for k, labels in enumerate(self.labels[part].clamp_min(0).t()):
                 products = (wide * self.problem.classifier[labels]).sum(1)
                 bias = None if self.problem.bias is None else self.problem.bias[labels]
-                logit = self.logits.activate(products, bias)
-                target_logit[part, k] = logit.to(target_logit)
+                target_logit[part, k] = self.logits.activate(products, bias)
         return target_logit.masked_fill_(self.labels < 0, 0)
 
     def _reduce(
@@ -267,7 +272,7 @@ class _Sweep:
         The target's own logit is that of the indexed matmul, which is the more precise one.
         """
         labels = self.labels[part, 0]
-        target = self.target_logit[part, 0] - reference
+        target = self.target_logit[part, 0].to(reference) - reference
         if isinstance(classes, slice):
             index = torch.arange(classes.start, classes.start + len(block), device=block.device)
         else:
