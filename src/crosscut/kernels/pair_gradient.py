@@ -111,10 +111,9 @@ def pair_gradient_kernel(
         if first_slot < end_slot:
             slots = first_slot + tl.arange(0, SLOTS)  # [SLOTS]
             classes = tl.load(columns_ptr + slots)
-            rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
             product = class_product_tile(
-                hidden_ptr, hidden_desc, classifier_ptr, None, rows.to(tl.int64), block * BLOCK_N,
-                classes, 0, hidden_size, stride_v, stride_d, False, TILE,
+                hidden_ptr, hidden_desc, classifier_ptr, block * BLOCK_N, classes, hidden_size,
+                stride_v, stride_d, TILE,
             )  # fmt: skip
 
             bias = None

@@ -265,18 +265,14 @@ def class_product_tile(
     hidden_ptr,
     hidden_desc,
     classifier_ptr,
-    classifier_desc,
-    rows,  # [BLOCK_N]
     first_row,
     classes,  # [BLOCK_V]
-    first_class,
     hidden_size,
     stride_v,
     stride_d,
-    GATHER: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """``C[classes] H[rows]^T`` [BLOCK_V, BLOCK_N] in float32, of any classes.
+    """``C[classes] H[first_row:]^T`` [BLOCK_V, BLOCK_N] in float32, of any classes.
 
     :func:`product_tile` transposed: in this order a class's sum over tokens stays in few threads.
     """
@@ -285,19 +281,15 @@ def class_product_tile(
     BLOCK_D: tl.constexpr = TILE[2]
     PRECISION: tl.constexpr = TILE[3]
     offsets = tl.arange(0, BLOCK_D)
+    rows = (first_row + tl.arange(0, BLOCK_N)).to(tl.int64)
     hidden_tile = hidden_ptr + rows[:, None] * hidden_size + offsets  # [BLOCK_N, BLOCK_D]
-    if classifier_desc is None:
-        classifier_rows = classifier_ptr + classes.to(tl.int64)[:, None] * stride_v  # [BLOCK_V, 1]
-
+    classifier_rows = classifier_ptr + classes.to(tl.int64)[:, None] * stride_v  # [BLOCK_V, 1]
     product = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)
     for start in range(0, hidden_size, BLOCK_D):
         inside = offsets < hidden_size - start
-        if classifier_desc is None:
-            d = (start + offsets).to(tl.int64)[None, :] * stride_d
-            c = tl.load(classifier_rows + d, mask=inside[None, :], other=0.0)
-        else:
-            c = classifier_desc.load([first_class, start])
-        if GATHER or hidden_desc is None:
+        d = (start + offsets).to(tl.int64)[None, :] * stride_d
+        c = tl.load(classifier_rows + d, mask=inside[None, :], other=0.0)
+        if hidden_desc is None:
             h = tl.load(hidden_tile + start, mask=inside[None, :], other=0.0)
         else:
             h = hidden_desc.load([first_row, start])

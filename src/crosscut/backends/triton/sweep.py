@@ -1,13 +1,14 @@
-"""Algorithm 3 of the paper (arXiv:2411.09009), by chunks of the vocabulary.
+"""Algorithm 3 of the paper (arXiv:2411.09009), over the whole vocabulary, by chunks of it.
 
-For each chunk one kernel makes the gradient of its logits, ``dz`` [N, chunk], at most WORKSPACE
-bytes, and a second multiplies it:
+For each chunk a kernel makes the gradient of its logits, ``dz`` [N, chunk], at most
+``workspace_limit()`` bytes, and it is multiplied:
 
     dC[chunk] = dz^T H        complete at once
     dH       += dz C[chunk]   across the chunks, in float32
 
 6NVD flop, of which a product that nobody wants is left out. Tokens that take no part are left out
-of all of it: the others are first put side by side, in an [N, D] copy.
+of all of it: the others are first put side by side, in an [N, D] copy. The exact gradient is one
+launch for all chunks (:mod:`crosscut.kernels.exact_sweep`), the paper's three for each.
 
 **The paper's filter** (policies ``cce*``). The first kernel marks the tiles of 128 tokens x 128
 classes in which some ``|softmax - onehot|`` reaches 2**-12 (section 4.3, gradient filtering), and
