@@ -139,7 +139,7 @@ def launch_filtered(head: Any, tokens: Any, kept: Any, choose: Any) -> None:
         mass, kept.count, block_n=tiles.block_n,
         num_slots=4 * tiles.block_v, block_slots=tiles.block_v, most_tail=1.0,
     )  # fmt: skip
-    gradient = pair_gradient(head, tokens, pairs, mass, tiles, drop_below=2.0**-12)
+    gradient = pair_gradient(head, tokens, pairs, mass, tiles, drop_below=2.0**-12, entry=2.0**-13)
     slopes = None if head.softcap is None else torch.zeros(len(hidden))
     by_token, _ = tail_of_tokens(tokens, slopes, pairs, gradient, tiles)
     rows = torch.zeros(blocks, hidden.shape[1])
@@ -148,7 +148,7 @@ def launch_filtered(head: Any, tokens: Any, kept: Any, choose: Any) -> None:
         (by_token, rows), scale, choose(Kernel.PAIR_MATMUL, hidden),
     )  # fmt: skip
     tail, out = (mass, rows.to(mass)), torch.empty_like(classifier)
-    entries = list_entries(kept.count, tokens, pairs, gradient, most=1024)
+    entries = list_entries(kept.count, tokens, pairs, gradient, most=1024, entry=2.0**-13)
     tiles = choose(Kernel.ENTRY_MATMUL, hidden)
     classifier_rows(out, tokens, entries, pairs, tail, scale, tiles)
     tiles = choose(Kernel.POPULAR_MATMUL, hidden)

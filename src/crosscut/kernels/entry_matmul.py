@@ -92,6 +92,7 @@ def list_entries_kernel(
     num_blocks,
     cells,
     most_entries,
+    entry,
     CELL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -115,7 +116,8 @@ def list_entries_kernel(
         place = tl.arange(0, SLOTS)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         dz = tl.load(block_dz + place)  # [SLOTS, BLOCK_N]
         is_target = classes[:, None] == labels[None, :]
-        is_entry = is_entry_of(dz.to(tl.float32), d_lse[None, :], is_target) & mine[:, None]
+        is_entry = is_entry_of(dz.to(tl.float32), d_lse[None, :], is_target, entry)
+        is_entry &= mine[:, None]
         index = classes // CELL * num_blocks + block
         index = tl.load(end_ptr + index - 1, mask=index > 0, other=0)
         index += tl.load(before_ptr + slots, mask=mine, other=0)
@@ -130,11 +132,23 @@ def list_entries_kernel(
 
 
 def list_entries(
-    all_rows: Tensor, tokens: Tokens, pairs: KeptPairs, gradient: PairGradient, *, most: int
+    all_rows: Tensor,
+    tokens: Tokens,
+    pairs: KeptPairs,
+    gradient: PairGradient,
+    *,
+    most: int,
+    entry: float,
 ) -> Entries:
-    """List the entries of classes that are not popular; at most ``most`` of them.
+    """List the entries of classes that are not popular.
 
-    ``all_rows`` [1] int32 is how many rows take part, whatever ``tokens.num_rows`` says.
+    Args:
+        all_rows: [1] int32, how many rows take part, whatever ``tokens.num_rows`` says.
+        tokens: those that take part.
+        pairs: the lists of pairs.
+        gradient: of the pairs.
+        most: room for entries.
+        entry: as in ``gradient``.
     """
     blocks, cells = len(pairs.tail), pairs.cell_start.shape[1] - 1
 
@@ -156,7 +170,7 @@ def list_entries(
     list_entries_kernel[(64, blocks)](
         all_rows, tokens.num_rows, tokens.labels, tokens.vectors, gradient.dz, pairs.columns,
         pairs.cell_start, pairs.popular_rank, before, found.end, found.place, found.value,
-        found.num_rows, found.exact_rows, blocks, cells, most,
+        found.num_rows, found.exact_rows, blocks, cells, most, entry,
         CELL=CELL, BLOCK_N=gradient.dz.shape[1], SLOTS=LIST_SLOTS, num_warps=4,
     )  # fmt: skip
     return found

@@ -8,7 +8,7 @@ are made again, and
 is stored in the dtype of H, side by side. That is all that dH needs of the kept pairs. dC is made
 of the popular classes' pairs, whole, and of single *entries* of the others: those with
 
-    |dz| > ENTRY |d_lse|        and every label's.
+    |dz| > entry |d_lse|        and every label's.
 
 **Who owns what.** A tile is SLOTS slots of one block. One program a multiprocessor; the first tile
 of every block, then the second of every block, and so on: what runs at once gathers its rows of C
@@ -44,8 +44,6 @@ from crosscut.kernels.tiles import (
     num_programs,
 )
 
-ENTRY = tl.constexpr(2.0**-13)
-
 
 class PairGradient(NamedTuple):
     """dz of the kept pairs, and sums of the kept softmax by tile of slots. Float32 but for dz."""
@@ -58,9 +56,9 @@ class PairGradient(NamedTuple):
 
 
 @triton.jit
-def is_entry_of(dz, d_lse, is_target):
+def is_entry_of(dz, d_lse, is_target, entry):
     """Whether an element of dz, as stored, is an entry of dC."""
-    negligible = tl.abs(dz) <= ENTRY * tl.abs(d_lse)  # a NaN is not
+    negligible = tl.abs(dz) <= entry * tl.abs(d_lse)  # a NaN is not
     return (negligible == 0) | is_target
 
 
@@ -91,6 +89,7 @@ def pair_gradient_kernel(
     logit_scale,
     softcap,
     drop_below,
+    entry,
     TILE: tl.constexpr,
 ):
     BLOCK_N: tl.constexpr = TILE[0]
@@ -152,7 +151,8 @@ def pair_gradient_kernel(
 
                 sums = first_slot // SLOTS * BLOCK_N + in_block
                 tl.store(kept_mass_ptr + sums, tl.sum(p, 0))
-                is_entry = is_entry_of(dz.to(tl.float32), d_lse, is_target) | popular[:, None]
+                is_entry = is_entry_of(dz.to(tl.float32), d_lse, is_target, entry)
+                is_entry |= popular[:, None]
                 count += tl.sum(is_entry.to(tl.int32), 1)
                 rest += tl.sum(tl.where(is_entry, 0.0, p), 1)
                 tl.store(entry_mass_ptr + sums, tl.sum(tl.where(is_entry, p, 0.0), 0))
@@ -173,6 +173,7 @@ def pair_gradient(
     tiles: Tiles,
     *,
     drop_below: float,
+    entry: float,
 ) -> PairGradient:
     """Dz of every kept pair, and the sums of what is left. Nothing if ``tokens.num_rows < 0``.
 
@@ -184,6 +185,7 @@ def pair_gradient(
             popular.
         tiles: BLOCK_N tokens x BLOCK_V slots, in steps of BLOCK_D dimensions.
         drop_below: unit of ``column_mass`` and ``rest``.
+        entry: see the module.
     """
     num_slots, device = len(pairs.columns), column_mass.device
     slot_tiles = num_slots // tiles.block_v
@@ -219,6 +221,7 @@ def pair_gradient(
         head.logit_scale,
         head.softcap,
         drop_below,
+        entry,
         TILE=tiles.constants,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

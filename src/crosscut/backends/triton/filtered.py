@@ -24,6 +24,7 @@ from crosscut.backends.triton.column_filter import (
     ENTRIES_PER_TOKEN,
     MAX_TAIL,
     drop_below,
+    entry_above,
     most_pairs,
 )
 from crosscut.backends.triton.sweep import KeptTokens, sweep
@@ -55,7 +56,7 @@ def _from_kept_pairs(
     tiles = choose_tiles(Kernel.PAIRS, hidden)
     head = Head(hidden, classifier, None, problem.options.logit_scale, problem.options.softcap)
     blocks, num_classes = statistics.column_mass.shape
-    unit = drop_below(num_classes)
+    unit, entry = drop_below(num_classes), entry_above(len(hidden))
     slots = (math.ceil(most_pairs(problem) / tiles.block_v) + blocks) * tiles.block_v
     pairs = kept_pairs(
         statistics.column_mass, kept.count,
@@ -67,7 +68,7 @@ def _from_kept_pairs(
 
     column_mass = statistics.column_mass.clamp_min(0)
     by_block = _product(column_mass, classifier) if out.hidden is not None else None  # [blocks, D]
-    gradient = pair_gradient(head, tokens, pairs, column_mass, tiles, drop_below=unit)
+    gradient = pair_gradient(head, tokens, pairs, column_mass, tiles, drop_below=unit, entry=entry)
     slope_mean = None
     if problem.options.softcap is not None:
         slope_mean = statistics.tail_mass[kept.rows.clamp_min(0).long()]
@@ -80,7 +81,7 @@ def _from_kept_pairs(
         )  # fmt: skip
     if out.classifier is not None:
         most = ENTRIES_PER_TOKEN * len(hidden)
-        entries = list_entries(kept.count, tokens, pairs, gradient, most=most)
+        entries = list_entries(kept.count, tokens, pairs, gradient, most=most, entry=entry)
         exact_rows = entries.exact_rows
         tokens = tokens._replace(num_rows=entries.num_rows)
         rows = torch.bmm(
