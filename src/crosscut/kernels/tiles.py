@@ -24,7 +24,7 @@ only where PyTorch's own setting allows it.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -33,6 +33,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from crosscut.kernels import tuned
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -129,7 +131,10 @@ class Head(NamedTuple):
 
 
 def choose_tiles(kernel: Kernel, like: Tensor) -> Tiles:
-    """The tiles of a kernel for operands of the dtype and on the device of ``like``."""
+    """The tiles of a kernel for operands of the dtype and on the device of ``like`` [.., D].
+
+    Those of the table, or what ``crosscut tune`` found better on this GPU.
+    """
     if like.device.type != "cuda":  # the interpreter: small, so that small inputs have many
         sizes = {
             Kernel.FILTER: (128, 128, 64),
@@ -143,10 +148,16 @@ def choose_tiles(kernel: Kernel, like: Tensor) -> Tiles:
             block_n=n, block_v=v, block_d=d, num_warps=1, num_stages=1,
             precision="upcast", descriptors=True,
         )  # fmt: skip
-    return table(
-        kernel, like.dtype, torch.cuda.get_device_capability(like.device),
-        tf32=torch.backends.cuda.matmul.allow_tf32,
-    )  # fmt: skip
+    tf32 = like.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    capability = torch.cuda.get_device_capability(like.device)
+    tiles = table(kernel, like.dtype, capability, tf32=tf32)
+    sizes = tuned.lookup(like.device, tuning_key(kernel, like.dtype, tf32, like.shape[-1]))
+    return tiles if sizes is None else replace(tiles, **sizes._asdict())
+
+
+def tuning_key(kernel: Kernel, dtype: torch.dtype, tf32: bool, hidden_size: int) -> tuned.Key:
+    """What a kernel's tuned sizes are found by."""
+    return tuned.Key(kernel.value, str(dtype).removeprefix("torch."), tf32, hidden_size)
 
 
 def has_descriptor(matrix: Tensor) -> bool:
