@@ -37,6 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from crosscut.kernels.kept_pairs import CELL, KeptPairs
+from crosscut.kernels.launch import kernel
 from crosscut.kernels.pair_gradient import PairGradient, is_entry_of
 from crosscut.kernels.softmax_gradient import Tokens
 from crosscut.kernels.tiles import Tiles, dot_tile
@@ -53,7 +54,7 @@ class Entries(NamedTuple):
     fits: Tensor  # [] bool, whether there is room for all
 
 
-@triton.jit
+@kernel
 def list_entries_kernel(
     num_rows_ptr,
     labels_ptr,
@@ -129,7 +130,7 @@ def list_entries(tokens: Tokens, pairs: KeptPairs, gradient: PairGradient, *, mo
     return found
 
 
-@triton.jit
+@kernel
 def classifier_rows_kernel(
     num_rows_ptr,
     hidden_ptr,

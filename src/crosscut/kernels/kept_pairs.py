@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from crosscut.kernels.kept_rows import KeptRows
+from crosscut.kernels.launch import kernel
 
 CELL = 64
 """Classes of a cell."""
@@ -50,7 +51,7 @@ class KeptPairs(NamedTuple):
     fits: Tensor  # [] bool, whether there are slots enough
 
 
-@triton.jit
+@kernel
 def keep_labels_kernel(
     column_mass_ptr, labels_ptr, rows_ptr, num_rows_ptr, num_classes, BLOCK_N: tl.constexpr
 ):
@@ -80,7 +81,7 @@ def load_masses(column_mass_ptr, num_classes, CELL: tl.constexpr, CELLS: tl.cons
     return tl.load(row + classes, mask=classes < num_classes, other=0.0).to(tl.float32), classes
 
 
-@triton.jit
+@kernel
 def count_pairs_kernel(
     column_mass_ptr, count_ptr, tail_ptr, num_classes, cells, CELL: tl.constexpr,
     CELLS: tl.constexpr,
@@ -93,7 +94,7 @@ def count_pairs_kernel(
     tl.store(tail_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tail)
 
 
-@triton.jit
+@kernel
 def count_blocks_kernel(column_mass_ptr, count_ptr, num_blocks, num_classes, BLOCK_V: tl.constexpr):
     """By how many blocks each class is kept; program i owns BLOCK_V classes."""
     classes = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -106,7 +107,7 @@ def count_blocks_kernel(column_mass_ptr, count_ptr, num_blocks, num_classes, BLO
     tl.store(count_ptr + classes, count, mask=classes < num_classes)
 
 
-@triton.jit
+@kernel
 def list_pairs_kernel(
     column_mass_ptr, cell_start_ptr, popular_rank_ptr, columns_ptr, popular_slot_ptr,
     num_classes, cells, num_slots, most_popular, CELL: tl.constexpr, CELLS: tl.constexpr,

@@ -35,6 +35,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from crosscut.kernels import tuned
+from crosscut.kernels.launch import real_device
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -135,7 +136,8 @@ def choose_tiles(kernel: Kernel, like: Tensor) -> Tiles:
 
     Those of the table, or what ``crosscut tune`` found better on this GPU.
     """
-    if like.device.type != "cuda":  # the interpreter: small, so that small inputs have many
+    device = real_device(like.device)
+    if device.type != "cuda":  # the interpreter: small, so that small inputs have many
         sizes = {
             Kernel.FILTER: (128, 128, 64),
             Kernel.LIVE_MATMUL: (128, 64, 128),
@@ -149,9 +151,9 @@ def choose_tiles(kernel: Kernel, like: Tensor) -> Tiles:
             precision="upcast", descriptors=True,
         )  # fmt: skip
     tf32 = like.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    capability = torch.cuda.get_device_capability(like.device)
+    capability = torch.cuda.get_device_capability(device)
     tiles = table(kernel, like.dtype, capability, tf32=tf32)
-    sizes = tuned.lookup(like.device, tuning_key(kernel, like.dtype, tf32, like.shape[-1]))
+    sizes = tuned.lookup(device, tuning_key(kernel, like.dtype, tf32, like.shape[-1]))
     return tiles if sizes is None else replace(tiles, **sizes._asdict())
 
 
@@ -178,9 +180,13 @@ def descriptor(matrix: Tensor, block: tuple[int, int], tiles: Tiles) -> TensorDe
     return TensorDescriptor.from_tensor(matrix, list(block))
 
 
-@functools.cache
 def num_programs(device: torch.device) -> int:
     """Programs that run at once: one a multiprocessor."""
+    return _num_programs(real_device(device))
+
+
+@functools.cache
+def _num_programs(device: torch.device) -> int:
     if device.type != "cuda":
         return 3  # the interpreter; an odd number finds more
     return torch.cuda.get_device_properties(device).multi_processor_count
