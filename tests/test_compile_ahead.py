@@ -101,6 +101,7 @@ def test_once_for_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_ahead, "ahead", ahead)
     monkeypatch.setattr(compile_ahead, "_call", lambda *arguments: calls.append(arguments))
     monkeypatch.setattr(compile_ahead, "_seen", set())
+    monkeypatch.setattr(compile_ahead, "CAN_COMPILE_AHEAD", True)  # the tests are interpreted
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
 
     def compile_for(found: HeadProblem, needs: Needs | None) -> int:

@@ -41,6 +41,7 @@ ERROR_SLACK = 1.02
 """Sums in another order round differently: so much more error is no larger error."""
 
 Choice = Mapping["Kernel", Sizes]
+"""Sizes of some kernels; the others have the table's."""
 
 
 class Meter(Protocol):
@@ -145,16 +146,16 @@ def _confirm(tuning: Tuning, choice: Choice, meter: Meter) -> Tuning:
 
 
 def plan_for(workload: Workload) -> Plan:
-    """The plan for a workload on a GPU; raise BenchError where there is none to measure on.
+    """The plan for a workload on a GPU.
 
     Not the kernels of the paper's filter, which are for comparison. Those of kept pairs only where
     ``"auto"`` leaves anything out: else they have nothing to do.
     """
     from crosscut.kernels.tiles import Kernel, table
 
-    filters = crosscut.gradient_sparsity(workload.hidden, workload.classifier, workload.labels).kept
-    policies = {Kernel.LSE: "auto" if filters < 1 else "exact"}
-    if filters < 1:
+    kept = crosscut.gradient_sparsity(workload.hidden, workload.classifier, workload.labels).kept
+    policies = {Kernel.LSE: "auto" if kept < 1 else "exact"}
+    if kept < 1:
         pairs = (Kernel.PAIRS, Kernel.PAIR_MATMUL, Kernel.ENTRY_MATMUL, Kernel.POPULAR_MATMUL)
         policies |= dict.fromkeys(pairs, "auto")
     policies |= {Kernel.GRADIENT: "exact", Kernel.MATMUL: "exact"}

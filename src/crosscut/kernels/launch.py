@@ -23,8 +23,11 @@ from typing import Any
 import torch
 import triton
 
-CAN_COMPILE_AHEAD = "ignore_errors" in inspect.signature(triton.AsyncCompileMode).parameters
-"""Since Triton 3.6."""
+CAN_COMPILE_AHEAD = (
+    not triton.knobs.runtime.interpret
+    and "ignore_errors" in inspect.signature(triton.AsyncCompileMode).parameters
+)
+"""Since Triton 3.6, and not in its interpreter."""
 
 _CHANGING = ("num_tokens", "num_rows", "num_blocks", "last_phase")
 """Sizes that follow the number of tokens. Triton would compile a kernel anew for those that are 1,
