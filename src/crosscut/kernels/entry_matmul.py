@@ -42,20 +42,41 @@ from crosscut.kernels.pair_gradient import PairGradient, is_entry_of
 from crosscut.kernels.softmax_gradient import Tokens
 from crosscut.kernels.tiles import Tiles, dot_tile
 
-LIST_SLOTS = 8
+COUNT_CELLS, LIST_SLOTS = 32, 8
 
 
 class Entries(NamedTuple):
     """The lists; see the module."""
 
-    start: Tensor  # [cells * blocks + 1] int32, first entry of each (cell, block)
+    end: Tensor  # [cells * blocks] int32, entries up to the end of each (cell, block)
     place: Tensor  # [most] int32
     value: Tensor  # [most], the dtype of H
-    fits: Tensor  # [] bool, whether there is room for all
+    num_rows: Tensor  # [1] int32, as of the pairs; -1 too where there is no room for all
+    exact_rows: Tensor  # [1] int32, the same the other way round
+
+
+@kernel
+def count_entries_kernel(
+    num_rows_ptr, num_entries_ptr, cell_start_ptr, before_ptr, count_ptr, num_blocks, cells,
+    CELL: tl.constexpr, CELLS: tl.constexpr,
+):  # fmt: skip
+    """Program (b, i) owns CELLS cells of block b."""
+    if tl.load(num_rows_ptr) >= 0:
+        block = tl.program_id(0)
+        cell = tl.program_id(1) * CELLS + tl.arange(0, CELLS)
+        start = cell_start_ptr + block * (cells + 1) + cell
+        first = tl.load(start, mask=cell < cells, other=0)
+        end = tl.load(start + 1, mask=cell < cells, other=0)
+        slots = first[:, None] + tl.arange(0, CELL)[None, :]  # [CELLS, CELL]
+        inside = slots < end[:, None]
+        count = tl.load(num_entries_ptr + slots, mask=inside, other=0)
+        tl.store(before_ptr + slots, tl.cumsum(count, 1) - count, mask=inside)
+        tl.store(count_ptr + cell * num_blocks + block, tl.sum(count, 1), mask=cell < cells)
 
 
 @kernel
 def list_entries_kernel(
+    all_rows_ptr,
     num_rows_ptr,
     labels_ptr,
     vectors_ptr,
@@ -63,10 +84,12 @@ def list_entries_kernel(
     columns_ptr,
     cell_start_ptr,
     popular_rank_ptr,
-    before_ptr,  # [slots + 1], entries in earlier slots
-    start_ptr,
+    before_ptr,  # [slots], entries in earlier slots of the cell
+    end_ptr,
     place_ptr,
     value_ptr,
+    listed_rows_ptr,
+    exact_rows_ptr,
     num_blocks,
     cells,
     most_entries,
@@ -94,37 +117,47 @@ def list_entries_kernel(
         dz = tl.load(block_dz + place)  # [SLOTS, BLOCK_N]
         is_target = classes[:, None] == labels[None, :]
         is_entry = is_entry_of(dz.to(tl.float32), d_lse[None, :], is_target) & mine[:, None]
-        cell = classes // CELL
-        cell_first = tl.load(cell_start_ptr + block * (cells + 1) + cell)
-        index = tl.load(start_ptr + cell * num_blocks + block)
-        index += tl.load(before_ptr + slots) - tl.load(before_ptr + cell_first)
+        index = classes // CELL * num_blocks + block
+        index = tl.load(end_ptr + index - 1, mask=index > 0, other=0)
+        index += tl.load(before_ptr + slots, mask=mine, other=0)
         index = index[:, None] + tl.cumsum(is_entry.to(tl.int32), 1) - 1
         listed = is_entry & (index < most_entries)
         tl.store(place_ptr + index, tokens[None, :] * CELL + (classes % CELL)[:, None], mask=listed)
         tl.store(value_ptr + index, dz, mask=listed)
+    if (tl.program_id(0) == 0) & (block == 0):
+        fits = (num_rows >= 0) & (tl.load(end_ptr + cells * num_blocks - 1) <= most_entries)
+        tl.store(listed_rows_ptr, tl.where(fits, num_rows, -1))
+        tl.store(exact_rows_ptr, tl.where(fits, -1, tl.load(all_rows_ptr)))
 
 
-def list_entries(tokens: Tokens, pairs: KeptPairs, gradient: PairGradient, *, most: int) -> Entries:
-    """List the entries of classes that are not popular; at most ``most`` of them."""
+def list_entries(
+    all_rows: Tensor, tokens: Tokens, pairs: KeptPairs, gradient: PairGradient, *, most: int
+) -> Entries:
+    """List the entries of classes that are not popular; at most ``most`` of them.
+
+    ``all_rows`` [1] int32 is how many rows take part, whatever ``tokens.num_rows`` says.
+    """
     blocks, cells = len(pairs.tail), pairs.cell_start.shape[1] - 1
-    device = pairs.columns.device
-    before = torch.zeros(len(pairs.columns) + 1, dtype=torch.int32, device=device)
-    torch.cumsum(gradient.num_entries, 0, dtype=torch.int32, out=before[1:])
-    inside = pairs.cell_start.clamp_max(len(pairs.columns))
-    at_cell = before[inside.long()]  # [blocks, cells + 1]
-    start = torch.zeros(cells * blocks + 1, dtype=torch.int32, device=device)
-    in_cell = (at_cell[:, 1:] - at_cell[:, :-1]).t().reshape(-1)
-    torch.cumsum(in_cell, 0, dtype=torch.int32, out=start[1:])
+
+    def new(size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=pairs.columns.device)
+
+    before, count = new(len(pairs.columns)), new(cells * blocks)
+    count_entries_kernel[(blocks, triton.cdiv(cells, COUNT_CELLS))](
+        tokens.num_rows, gradient.num_entries, pairs.cell_start, before, count, blocks, cells,
+        CELL=CELL, CELLS=COUNT_CELLS,
+    )  # fmt: skip
     found = Entries(
-        start=start,
-        place=torch.empty(most, dtype=torch.int32, device=device),
-        value=torch.empty(most, dtype=gradient.dz.dtype, device=device),
-        fits=start[-1] <= most,
+        end=count.cumsum(0, dtype=torch.int32),
+        place=new(most),
+        value=new(most, gradient.dz.dtype),
+        num_rows=new(1),
+        exact_rows=new(1),
     )
     list_entries_kernel[(64, blocks)](
-        tokens.num_rows, tokens.labels, tokens.vectors, gradient.dz, pairs.columns,
-        pairs.cell_start, pairs.popular_rank, before, start, found.place, found.value,
-        blocks, cells, most,
+        all_rows, tokens.num_rows, tokens.labels, tokens.vectors, gradient.dz, pairs.columns,
+        pairs.cell_start, pairs.popular_rank, before, found.end, found.place, found.value,
+        found.num_rows, found.exact_rows, blocks, cells, most,
         CELL=CELL, BLOCK_N=gradient.dz.shape[1], SLOTS=LIST_SLOTS, num_warps=4,
     )  # fmt: skip
     return found
@@ -134,7 +167,7 @@ def list_entries(tokens: Tokens, pairs: KeptPairs, gradient: PairGradient, *, mo
 def classifier_rows_kernel(
     num_rows_ptr,
     hidden_ptr,
-    start_ptr,
+    end_ptr,
     place_ptr,
     value_ptr,
     popular_rank_ptr,
@@ -171,8 +204,8 @@ def classifier_rows_kernel(
             row = tl.load(place, mask=inside, other=0.0)  # [STEP, BLOCK_D]
             total = dot_tile(mass.T, row, total, PRECISION)
 
-        start = tl.load(start_ptr + cell * num_blocks)
-        end = tl.load(start_ptr + (cell + 1) * num_blocks)
+        start = tl.load(end_ptr + cell * num_blocks - 1, mask=cell > 0, other=0)
+        end = tl.load(end_ptr + (cell + 1) * num_blocks - 1)
         for first in range(start, end, STEP):
             entry = first + tl.arange(0, STEP)
             place = tl.load(place_ptr + entry, mask=entry < end, other=0)
@@ -215,7 +248,7 @@ def classifier_rows(
     classifier_rows_kernel[(cells * d_tiles,)](
         tokens.num_rows,
         tokens.hidden,
-        entries.start,
+        entries.end,
         entries.place,
         entries.value,
         pairs.popular_rank,

@@ -14,8 +14,13 @@ without the host knowing how many there are,
 Classes kept by at least half of the blocks are *popular*: they are few and have most of the pairs.
 They are listed too, with their slot in every block.
 
-Each program reads CHUNK classes of a block once, and owns what it writes. Prefix sums are
-PyTorch's. Bytes: 3 times ``column_mass``, and 4 a pair.
+**When not.** Where the tail is too heavy, or the pairs are more than there is room for, nothing is
+to be made of them, and ``num_rows`` says so to whoever comes next.
+
+**Who owns what.** Three launches. In the first a program owns two cells, in all blocks, and counts.
+In the second one owns a block, and sums the counts before each of its cells; another ranks popular
+classes. In the third one owns LIST_CELLS cells of a block, and lists. Only whole numbers are added
+by atomics. Bytes: twice ``column_mass``, and 4 a pair.
 """
 
 from __future__ import annotations
@@ -27,13 +32,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crosscut.kernels.flags import FLAG_CLASSES, count_flags
 from crosscut.kernels.kept_rows import KeptRows
 from crosscut.kernels.launch import kernel
 
 CELL = 64
 """Classes of a cell."""
 
-CHUNK_CELLS = 32
+COUNT_CELLS, LIST_CELLS = 2, 32
 
 MOST_POPULAR = 2**14
 
@@ -47,8 +53,9 @@ class KeptPairs(NamedTuple):
     popular: Tensor  # [MOST_POPULAR] int32
     popular_count: Tensor  # [1] int32
     popular_rank: Tensor  # [V] int32, -1 for others
-    popular_slot: Tensor  # [blocks, MOST_POPULAR] int32, -1 where not kept
-    fits: Tensor  # [] bool, whether there are slots enough
+    popular_slot: Tensor  # [blocks, MOST_POPULAR] int32, -1 where not kept; of popular classes
+    num_rows: Tensor  # [1] int32, the rows that take part; -1 if the pairs are of no use
+    exact_rows: Tensor  # [1] int32, the same the other way round
 
 
 @kernel
@@ -72,112 +79,169 @@ def keep_labels(column_mass: Tensor, labels: Tensor, kept: KeptRows, block_n: in
     )
 
 
-@triton.jit
-def load_masses(column_mass_ptr, num_classes, CELL: tl.constexpr, CELLS: tl.constexpr):
-    """This program's chunk of a block's masses and its classes, [CELLS, CELL]."""
-    classes = (tl.program_id(1) * CELLS + tl.arange(0, CELLS))[:, None] * CELL
-    classes += tl.arange(0, CELL)[None, :]
-    row = column_mass_ptr + tl.program_id(0).to(tl.int64) * num_classes
-    return tl.load(row + classes, mask=classes < num_classes, other=0.0).to(tl.float32), classes
-
-
 @kernel
 def count_pairs_kernel(
-    column_mass_ptr, count_ptr, tail_ptr, num_classes, cells, CELL: tl.constexpr,
+    column_mass_ptr, num_rows_ptr, count_ptr, block_count_ptr, tail_ptr, is_popular_ptr,
+    num_blocks, num_classes, cells, BLOCK_N: tl.constexpr, CELL: tl.constexpr,
     CELLS: tl.constexpr,
 ):  # fmt: skip
-    mass, _classes = load_masses(column_mass_ptr, num_classes, CELL, CELLS)
-    cell = tl.program_id(1) * CELLS + tl.arange(0, CELLS)
-    count = tl.sum((mass < 0).to(tl.int32), 1)
-    tl.store(count_ptr + tl.program_id(0) * cells + cell, count, mask=cell < cells)
-    tail = tl.sum(tl.sum(tl.maximum(mass, 0.0), 1), 0)
-    tl.store(tail_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tail)
-
-
-@kernel
-def count_blocks_kernel(column_mass_ptr, count_ptr, num_blocks, num_classes, BLOCK_V: tl.constexpr):
-    """By how many blocks each class is kept; program i owns BLOCK_V classes."""
-    classes = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    count = tl.zeros((BLOCK_V,), tl.int32)
+    blocks = tl.cdiv(tl.load(num_rows_ptr), BLOCK_N)
+    cell = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
+    classes = tl.program_id(0) * CELLS * CELL + tl.arange(0, CELLS * CELL)
+    kept_by = tl.zeros((CELLS * CELL,), tl.int32)
     for start in range(0, num_blocks, 32):
         block = start + tl.arange(0, 32)
         place = column_mass_ptr + block.to(tl.int64)[:, None] * num_classes + classes[None, :]
-        inside = (block < num_blocks)[:, None] & (classes < num_classes)[None, :]
-        count += tl.sum((tl.load(place, mask=inside, other=0.0) < 0).to(tl.int32), 0)
-    tl.store(count_ptr + classes, count, mask=classes < num_classes)
+        inside = (block < blocks)[:, None] & (classes < num_classes)[None, :]
+        mass = tl.load(place, mask=inside, other=0.0).to(tl.float32)  # [32, CELLS * CELL]
+        kept = (mass < 0).to(tl.int32)
+        kept_by += tl.sum(kept, 0)
+        place = count_ptr + block[:, None] * cells + cell[None, :]
+        inside = (block < num_blocks)[:, None] & (cell < cells)[None, :]
+        tl.store(place, tl.sum(kept.reshape(32, CELLS, CELL), 2), mask=inside)
+        tl.atomic_add(block_count_ptr + block, tl.sum(kept, 1), mask=block < blocks)
+        place = tail_ptr + block * tl.num_programs(0) + tl.program_id(0)
+        tl.store(place, tl.sum(tl.maximum(mass, 0.0), 1), mask=block < num_blocks)
+    popular = (kept_by * 2 >= blocks) & (kept_by > 0)
+    tl.store(is_popular_ptr + classes, popular.to(tl.int8), mask=classes < num_classes)
+
+
+@kernel
+def place_pairs_kernel(
+    count_ptr, block_count_ptr, chunk_tail_ptr, is_popular_ptr, cell_start_ptr, tail_ptr,
+    popular_ptr, popular_count_ptr, popular_rank_ptr, num_blocks, num_classes, cells, chunks,
+    most_popular, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program b owns block b; those past the blocks own BLOCK classes each."""
+    program = tl.program_id(0)
+    if program < num_blocks:
+        slot = 0
+        for start in range(0, program, 128):
+            block = start + tl.arange(0, 128)
+            pairs = tl.load(block_count_ptr + block, mask=block < program, other=0)
+            slot += tl.sum(tl.cdiv(pairs, SLOTS) * SLOTS, 0)
+        cell_start_ptr += program * (cells + 1)
+        for start in range(0, cells, BLOCK):
+            cell = start + tl.arange(0, BLOCK)
+            count = tl.load(count_ptr + program * cells + cell, mask=cell < cells, other=0)
+            before = slot + tl.cumsum(count, 0) - count
+            tl.store(cell_start_ptr + cell, before, mask=cell < cells)
+            slot += tl.sum(count, 0)
+        tl.store(cell_start_ptr + cells, slot)
+        tail = 0.0
+        for start in range(0, chunks, BLOCK):
+            chunk = start + tl.arange(0, BLOCK)
+            part = chunk_tail_ptr + program * chunks + chunk
+            tail += tl.sum(tl.load(part, mask=chunk < chunks, other=0.0), 0)
+        tl.store(tail_ptr + program, tail)
+    else:
+        first = (program - num_blocks) * BLOCK
+        before = count_flags(is_popular_ptr, 0, first, num_classes, BLOCK)
+        classes = first + tl.arange(0, BLOCK)
+        inside = classes < num_classes
+        popular = tl.load(is_popular_ptr + classes, mask=inside, other=0).to(tl.int32)
+        rank = before + tl.cumsum(popular, 0) - popular
+        listed = (popular > 0) & (rank < most_popular)
+        tl.store(popular_ptr + rank, classes, mask=listed)
+        tl.store(popular_rank_ptr + classes, tl.where(listed, rank, -1), mask=inside)
+        if first + BLOCK >= num_classes:
+            count = tl.minimum(before + tl.sum(popular, 0), most_popular)
+            tl.store(popular_count_ptr, count)
 
 
 @kernel
 def list_pairs_kernel(
-    column_mass_ptr, cell_start_ptr, popular_rank_ptr, columns_ptr, popular_slot_ptr,
-    num_classes, cells, num_slots, most_popular, CELL: tl.constexpr, CELLS: tl.constexpr,
+    column_mass_ptr, num_rows_ptr, block_count_ptr, cell_start_ptr, tail_ptr, popular_rank_ptr,
+    columns_ptr, popular_slot_ptr, filtered_rows_ptr, exact_rows_ptr,
+    num_blocks, num_classes, cells, num_slots, most_popular, most_tail,
+    BLOCK_N: tl.constexpr, SLOTS: tl.constexpr, CELL: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
-    mass, classes = load_masses(column_mass_ptr, num_classes, CELL, CELLS)
+    """Program (b, i) owns CELLS cells of block b; program (b, 0) its padding too."""
     block = tl.program_id(0)
+    num_rows = tl.load(num_rows_ptr)
     cell = tl.program_id(1) * CELLS + tl.arange(0, CELLS)
-    first = tl.load(cell_start_ptr + block * (cells + 1) + cell, mask=cell < cells, other=0)
-    kept = (mass < 0).to(tl.int32)
+    classes = cell[:, None] * CELL + tl.arange(0, CELL)[None, :]
+    inside = (classes < num_classes) & (block * BLOCK_N < num_rows)
+    mass = column_mass_ptr + block.to(tl.int64) * num_classes + classes
+    kept = (tl.load(mass, mask=inside, other=0.0) < 0).to(tl.int32)  # [CELLS, CELL]
+    cell_start_ptr += block * (cells + 1)
+    first = tl.load(cell_start_ptr + cell, mask=cell < cells, other=0)
     slot = first[:, None] + tl.cumsum(kept, 1) - 1
     listed = (kept > 0) & (slot < num_slots)
     tl.store(columns_ptr + slot, classes, mask=listed)
-    rank = tl.load(popular_rank_ptr + classes, mask=listed, other=-1)
-    tl.store(popular_slot_ptr + block * most_popular + rank, slot, mask=listed & (rank >= 0))
+    rank = tl.load(popular_rank_ptr + classes, mask=classes < num_classes, other=-1)
+    place = popular_slot_ptr + block * most_popular + rank
+    tl.store(place, tl.where(listed, slot, -1), mask=rank >= 0)
+    if tl.program_id(1) == 0:
+        end = tl.load(cell_start_ptr + cells)
+        padding = end + tl.arange(0, SLOTS)
+        in_padding = (padding < tl.cdiv(end, SLOTS) * SLOTS) & (padding < num_slots)
+        tl.store(columns_ptr + padding, tl.zeros((SLOTS,), tl.int32), mask=in_padding)
+        if block == 0:
+            slots, tail = 0, 0.0
+            for start in range(0, num_blocks, 128):
+                blocks = start + tl.arange(0, 128)
+                pairs = tl.load(block_count_ptr + blocks, mask=blocks < num_blocks, other=0)
+                slots += tl.sum(tl.cdiv(pairs, SLOTS) * SLOTS, 0)
+                tail += tl.sum(tl.load(tail_ptr + blocks, mask=blocks < num_blocks, other=0.0), 0)
+            filters = (slots <= num_slots) & (tail <= most_tail * num_rows)
+            tl.store(filtered_rows_ptr, tl.where(filters, num_rows, -1))
+            tl.store(exact_rows_ptr, tl.where(filters, -1, num_rows))
 
 
 def kept_pairs(
-    column_mass: Tensor, num_blocks: Tensor, *, num_slots: int, block_slots: int
+    column_mass: Tensor,
+    num_rows: Tensor,
+    *,
+    block_n: int,
+    num_slots: int,
+    block_slots: int,
+    most_tail: float,
 ) -> KeptPairs:
     """List the pairs marked KEPT in ``column_mass`` [blocks, V].
 
     Args:
-        column_mass: zeros, or any mass not kept, in the blocks past ``num_blocks``.
-        num_blocks: [] int32, how many blocks have tokens.
+        column_mass: by block of tokens; what is in the blocks past the last token is not looked at.
+        num_rows: [1] int32, how many rows take part.
+        block_n: tokens of a block.
         num_slots: room for pairs and padding.
-        block_slots: what a block's slots are a multiple of.
+        block_slots: what a block's slots are a multiple of; a power of two.
+        most_tail: the most tail that a row may have on average, in the unit of ``column_mass``.
     """
     blocks, num_classes = column_mass.shape
     cells = triton.cdiv(num_classes, CELL)
-    chunks = triton.cdiv(cells, CHUNK_CELLS)
+    chunks = triton.cdiv(cells, COUNT_CELLS)
 
-    def new(*shape: int, value: int = 0) -> Tensor:
-        return torch.full(shape, value, dtype=torch.int32, device=column_mass.device)
+    def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=column_mass.device)
 
-    count, kept_by = new(blocks, cells), new(num_classes)
-    tail = torch.empty(blocks, chunks, dtype=torch.float32, device=column_mass.device)
-    grid, sizes = (blocks, chunks), {"CELL": CELL, "CELLS": CHUNK_CELLS}
-    count_pairs_kernel[grid](column_mass, count, tail, num_classes, cells, **sizes)
-    count_blocks_kernel[(triton.cdiv(num_classes, 128),)](
-        column_mass, kept_by, blocks, num_classes, BLOCK_V=128
+    pairs = KeptPairs(
+        columns=new(num_slots),
+        cell_start=new(blocks, cells + 1),
+        tail=new(blocks, dtype=torch.float32),
+        popular=new(MOST_POPULAR),
+        popular_count=new(1),
+        popular_rank=new(num_classes),
+        popular_slot=new(blocks, MOST_POPULAR),
+        num_rows=new(1),
+        exact_rows=new(1),
     )
-
-    cell_end = count.cumsum(1, dtype=torch.int32)
-    padded = (cell_end[:, -1] + (block_slots - 1)) // block_slots * block_slots
-    block_end = padded.cumsum(0, dtype=torch.int32)
-    cell_start = new(blocks, cells + 1)
-    cell_start[:, 1:] = cell_end
-    cell_start += (block_end - padded)[:, None]
-
-    is_popular = (kept_by * 2 >= num_blocks) & (kept_by > 0)
-    rank = is_popular.cumsum(0, dtype=torch.int32) - 1
-    is_popular &= rank < MOST_POPULAR
-    popular = new(MOST_POPULAR + 1)
-    index = torch.where(is_popular, rank, MOST_POPULAR).long()
-    classes = torch.arange(num_classes, dtype=torch.int32, device=column_mass.device)
-    popular.scatter_(0, index, classes)
-    rank = torch.where(is_popular, rank, -1)
-
-    columns, popular_slot = new(num_slots), new(blocks, MOST_POPULAR, value=-1)
-    list_pairs_kernel[grid](
-        column_mass, cell_start, rank, columns, popular_slot,
-        num_classes, cells, num_slots, MOST_POPULAR, **sizes,
+    count, block_count = new(blocks, cells), new(blocks).zero_()
+    chunk_tail = new(blocks, chunks, dtype=torch.float32)
+    is_popular = new(num_classes, dtype=torch.int8)
+    count_pairs_kernel[(chunks,)](
+        column_mass, num_rows, count, block_count, chunk_tail, is_popular,
+        blocks, num_classes, cells, BLOCK_N=block_n, CELL=CELL, CELLS=COUNT_CELLS,
     )  # fmt: skip
-    return KeptPairs(
-        columns=columns,
-        cell_start=cell_start,
-        tail=tail.sum(1),
-        popular=popular,
-        popular_count=is_popular.sum(dtype=torch.int32).reshape(1),
-        popular_rank=rank,
-        popular_slot=popular_slot,
-        fits=block_end[-1] <= num_slots,
-    )
+    place_pairs_kernel[(blocks + triton.cdiv(num_classes, FLAG_CLASSES),)](
+        count, block_count, chunk_tail, is_popular, pairs.cell_start, pairs.tail,
+        pairs.popular, pairs.popular_count, pairs.popular_rank, blocks, num_classes, cells, chunks,
+        MOST_POPULAR, SLOTS=block_slots, BLOCK=FLAG_CLASSES, num_warps=8,
+    )  # fmt: skip
+    list_pairs_kernel[(blocks, triton.cdiv(cells, LIST_CELLS))](
+        column_mass, num_rows, block_count, pairs.cell_start, pairs.tail, pairs.popular_rank,
+        pairs.columns, pairs.popular_slot, pairs.num_rows, pairs.exact_rows,
+        blocks, num_classes, cells, num_slots, MOST_POPULAR, most_tail,
+        BLOCK_N=block_n, SLOTS=block_slots, CELL=CELL, CELLS=LIST_CELLS,
+    )  # fmt: skip
+    return pairs

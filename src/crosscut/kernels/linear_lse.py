@@ -334,8 +334,8 @@ def linear_lse(
     most_groups = min(triton.cdiv(token_tiles, most_tiles) + MORE_GROUPS.value, token_tiles)
     slots = tiles.block_n * (most_groups * programs + token_tiles)  # for any number of rows
 
-    def new(size: int, value: float = 0.0) -> Tensor:
-        return torch.full((size,), value, dtype=torch.float32, device=hidden.device)
+    def new(size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.float32, device=hidden.device)
 
     sloped = column_mass is not None and head.softcap is not None
     slice_highest, slice_total = new(slots), new(slots)
@@ -367,9 +367,9 @@ def linear_lse(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
-    highest, total = new(num_tokens), new(num_tokens, 1.0)
-    logit_sum = None if logit_weight is None else new(num_tokens)
-    slope_mean = new(num_tokens) if sloped else None
+    highest, total = new(num_tokens).zero_(), new(num_tokens).fill_(1.0)
+    logit_sum = None if logit_weight is None else new(num_tokens).zero_()
+    slope_mean = new(num_tokens).zero_() if sloped else None
     combine_slices_kernel[(token_tiles,)](
         slice_highest, slice_total, slice_sum, slice_sloped, kept.count, kept.rows,
         highest, total, logit_sum, slope_mean, num_classes, programs, most_tiles,

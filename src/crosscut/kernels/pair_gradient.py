@@ -194,7 +194,7 @@ def pair_gradient(
 
     found = PairGradient(
         dz=torch.empty(num_slots, tiles.block_n, dtype=head.hidden.dtype, device=device),
-        num_entries=torch.zeros(num_slots, dtype=torch.int32, device=device),
+        num_entries=torch.empty(num_slots, dtype=torch.int32, device=device),
         kept_mass=new(slot_tiles, tiles.block_n),
         entry_mass=new(slot_tiles, tiles.block_n),
         rest=new(num_slots),

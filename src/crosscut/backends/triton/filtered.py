@@ -38,30 +38,31 @@ def filtered_gradients(
     problem: HeadProblem, statistics: Statistics, together: KeptTokens, out: Gradients
 ) -> None:
     """Fill ``out`` from what the forward left in ``statistics``."""
-    filters = _from_kept_pairs(problem, statistics, together, out)
+    exact_rows = _from_kept_pairs(problem, statistics, together, out)
     exact = replace(problem, options=replace(problem.options, policy="exact"))
-    num_rows = torch.where(filters, -1, together.kept.count)
-    sweep(exact, together._replace(tokens=together.tokens._replace(num_rows=num_rows)), out)
+    sweep(exact, together._replace(tokens=together.tokens._replace(num_rows=exact_rows)), out)
 
 
 def _from_kept_pairs(
     problem: HeadProblem, statistics: Statistics, together: KeptTokens, out: Gradients
 ) -> Tensor:
-    """Fill ``out`` if the softmax allows it. Returns whether it does, [] bool."""
+    """Fill ``out`` if the softmax allows it.
+
+    Returns how many rows are left for the exact sweep, [1] int32: -1, or all.
+    """
     hidden, classifier = problem.hidden, problem.classifier
     kept, tokens, _, scale = together
     tiles = choose_tiles(Kernel.PAIRS, hidden)
     head = Head(hidden, classifier, None, problem.options.logit_scale, problem.options.softcap)
     blocks = len(statistics.column_mass)
     slots = (math.ceil(most_pairs(problem) / tiles.block_v) + blocks) * tiles.block_v
-    num_blocks = (kept.count[0] + tiles.block_n - 1) // tiles.block_n
     pairs = kept_pairs(
-        statistics.column_mass, num_blocks, num_slots=slots, block_slots=tiles.block_v
-    )
-    filters = pairs.fits
-    if problem.options.policy == "auto":
-        filters = filters & (pairs.tail.sum() * DROP_BELOW <= MAX_TAIL * kept.count[0])
-    tokens = tokens._replace(num_rows=torch.where(filters, kept.count, -1))
+        statistics.column_mass, kept.count,
+        block_n=tiles.block_n, num_slots=slots, block_slots=tiles.block_v,
+        most_tail=MAX_TAIL / DROP_BELOW if problem.options.policy == "auto" else math.inf,
+    )  # fmt: skip
+    exact_rows = pairs.exact_rows
+    tokens = tokens._replace(num_rows=pairs.num_rows)
 
     column_mass = statistics.column_mass.clamp_min(0)
     by_block = _product(column_mass, classifier) if out.hidden is not None else None  # [blocks, D]
@@ -77,9 +78,10 @@ def _from_kept_pairs(
             (for_hidden, by_block), scale, choose_tiles(Kernel.PAIR_MATMUL, hidden),
         )  # fmt: skip
     if out.classifier is not None:
-        entries = list_entries(tokens, pairs, gradient, most=ENTRIES_PER_TOKEN * len(hidden))
-        filters = filters & entries.fits
-        tokens = tokens._replace(num_rows=torch.where(filters, kept.count, -1))
+        most = ENTRIES_PER_TOKEN * len(hidden)
+        entries = list_entries(kept.count, tokens, pairs, gradient, most=most)
+        exact_rows = entries.exact_rows
+        tokens = tokens._replace(num_rows=entries.num_rows)
         rows = torch.bmm(
             for_classifier.view(blocks, 1, -1).to(column_mass),
             tokens.hidden.view(blocks, -1, hidden.shape[1]).to(column_mass),
@@ -89,7 +91,7 @@ def _from_kept_pairs(
         classifier_rows(out.classifier, tokens, entries, pairs, tail, scale, tiles)
         tiles = choose_tiles(Kernel.POPULAR_MATMUL, hidden)
         popular_rows(out.classifier, tokens, gradient.dz, pairs, tail, scale, tiles)
-    return filters
+    return exact_rows
 
 
 def _product(column_mass: Tensor, classifier: Tensor) -> Tensor:

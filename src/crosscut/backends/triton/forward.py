@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from crosscut.backends.protocol import HeadProblem, Statistics
 from crosscut.backends.triton.column_filter import DROP_BELOW, block_tokens
+from crosscut.kernels.flags import labels_first
 from crosscut.kernels.indexed_matmul import indexed_matmul
 from crosscut.kernels.kept_pairs import keep_labels
 from crosscut.kernels.kept_rows import kept_rows
@@ -15,6 +15,8 @@ from crosscut.kernels.move_rows import move_rows
 from crosscut.kernels.tiles import Head, Kernel, choose_tiles
 
 MOST_SCOUTS = 2048
+"""Classes whose log-sum-exp is taken before the sweep: a lower bound of the whole one, near it. The
+labels of the batch come first, which have most of the softmax."""
 
 
 def compute_statistics(problem: HeadProblem, like: Statistics) -> Statistics:
@@ -37,8 +39,10 @@ def compute_statistics(problem: HeadProblem, like: Statistics) -> Statistics:
         return like._replace(lse=found.lse, target_logit=target_logit, logit_sum=logit_sum)
 
     tiles = choose_tiles(Kernel.LSE, hidden)
-    scouts, reference = _scouts(problem), target_logit
-    if len(scouts):
+    reference = target_logit
+    num_scouts = min(MOST_SCOUTS, num_classes // 16)
+    if num_scouts:
+        scouts = labels_first(labels, num_classes, num_scouts)
         some = move_rows(hidden.new_empty(len(scouts), hidden.shape[1]), problem.classifier, scouts)
         reference = torch.maximum(
             reference, linear_lse(head._replace(classifier=some), kept, tiles).lse
@@ -50,19 +54,3 @@ def compute_statistics(problem: HeadProblem, like: Statistics) -> Statistics:
     keep_labels(column_mass, labels, kept, block_tokens(problem))
     slope_mean = like.tail_mass if found.slope_mean is None else found.slope_mean
     return like._replace(lse=found.lse, target_logit=target_logit, tail_mass=slope_mean)
-
-
-def _scouts(problem: HeadProblem) -> Tensor:
-    """Classes that have most of the softmax: this batch's labels, then others, by number.
-
-    Their log-sum-exp is a lower bound of the whole one, near it, and known before the sweep.
-    """
-    labels, num_classes = problem.labels, len(problem.classifier)
-    most = min(MOST_SCOUTS, num_classes // 16)
-    classes = torch.arange(num_classes, dtype=torch.int32, device=labels.device)
-    is_label = torch.zeros(num_classes + 1, dtype=torch.int32, device=labels.device)
-    is_label.scatter_(0, torch.where(labels < 0, num_classes, labels).clamp_max(num_classes), 1)
-    rank = is_label[:-1].cumsum(0, dtype=torch.int32)  # from 1
-    place = torch.where(is_label[:-1] > 0, rank - 1, rank[-1] + classes - rank)
-    scouts = torch.empty(most + 1, dtype=torch.int32, device=labels.device)
-    return scouts.scatter_(0, place.clamp_max(most).long(), classes)[:-1]

@@ -1,0 +1,63 @@
+"""Classes that a flag picks out of the vocabulary, numbered in ascending order, on the device.
+
+``flags`` [V] int8 is 0 or 1. The rank of a flagged class is how many come before it. A program that
+wants the ranks of some classes counts the flags before them itself: they are few bytes, in the L2
+cache, and nothing waits for anything.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from crosscut.kernels.launch import kernel
+
+FLAG_CLASSES = 8192
+"""Classes that a program ranks."""
+
+
+@triton.jit
+def count_flags(flags_ptr, first, end, num_classes, BLOCK: tl.constexpr):
+    """Flags of the classes from ``first`` to ``end``, both multiples of BLOCK or V."""
+    count = 0
+    for start in range(first, end, BLOCK):
+        classes = start + tl.arange(0, BLOCK)
+        flags = tl.load(flags_ptr + classes, mask=classes < num_classes, other=0)
+        count += tl.sum(flags.to(tl.int32), 0)
+    return count
+
+
+@kernel
+def flag_labels_kernel(labels_ptr, flags_ptr, num_tokens, num_classes, BLOCK: tl.constexpr):
+    tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    labels = tl.load(labels_ptr + tokens, mask=tokens < num_tokens, other=-1)
+    known = (labels >= 0) & (labels < num_classes)
+    tl.store(flags_ptr + labels, tl.full((BLOCK,), 1, tl.int8), mask=known)
+
+
+@kernel
+def flagged_first_kernel(flags_ptr, out_ptr, most, num_classes, BLOCK: tl.constexpr):
+    """Program i owns the places of the classes from BLOCK i on."""
+    first = tl.program_id(0) * BLOCK
+    before = count_flags(flags_ptr, 0, first, num_classes, BLOCK)
+    total = before + count_flags(flags_ptr, first, num_classes, num_classes, BLOCK)
+    classes = first + tl.arange(0, BLOCK)
+    flags = tl.load(flags_ptr + classes, mask=classes < num_classes, other=0).to(tl.int32)
+    rank = before + tl.cumsum(flags, 0) - flags
+    place = tl.where(flags > 0, rank, total + classes - rank)
+    tl.store(out_ptr + place, classes, mask=(classes < num_classes) & (place < most))
+
+
+def labels_first(labels: Tensor, num_classes: int, most: int) -> Tensor:
+    """The first ``most`` classes [most] int32: those among ``labels`` [N], then the others."""
+    flags = torch.zeros(num_classes, dtype=torch.int8, device=labels.device)
+    flag_labels_kernel[(triton.cdiv(len(labels), 1024),)](
+        labels, flags, len(labels), num_classes, BLOCK=1024
+    )
+    out = torch.empty(most, dtype=torch.int32, device=labels.device)
+    flagged_first_kernel[(triton.cdiv(num_classes, FLAG_CLASSES),)](
+        flags, out, most, num_classes, BLOCK=FLAG_CLASSES, num_warps=8
+    )
+    return out
