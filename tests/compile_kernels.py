@@ -64,7 +64,7 @@ def main(target: str, dtype_name: str) -> None:
         compiled.append((self.__name__, kernel))
 
     def choose(kernel: Kernel, like: torch.Tensor) -> tile_table.Tiles:
-        return tile_table.table(kernel, like.dtype, capability)
+        return tile_table.table(kernel, like.dtype, capability, like.shape[1])
 
     driver.set_active(NoDriver(gpu))
     triton.knobs.compilation.listener = listen
@@ -138,10 +138,11 @@ def launch_filtered(head: Any, tokens: Any, kept: Any, choose: Any) -> None:
     tiles = choose(Kernel.PAIRS, hidden)
     blocks, scale = len(hidden) // tiles.block_n, torch.ones(1)
     mass = torch.zeros(blocks, len(classifier), dtype=torch.bfloat16)
-    linear_lse(
-        head, kept, choose(Kernel.LSE, hidden), reference=torch.zeros(len(hidden)),
-        column_mass=mass, drop_below=2.0**-12,
-    )  # fmt: skip
+    for like in (hidden, torch.empty(1, 4096, dtype=hidden.dtype)):
+        linear_lse(
+            head, kept, choose(Kernel.MASS_LSE, like), reference=torch.zeros(len(hidden)),
+            column_mass=mass, drop_below=2.0**-12,
+        )  # fmt: skip
     keep_labels(mass, tokens.labels, kept, tiles.block_n)
     pairs = kept_pairs(
         mass, kept.count, block_n=tiles.block_n,

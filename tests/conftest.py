@@ -111,7 +111,7 @@ class RealHead(NamedTuple):
     classifier: Tensor  # [262144, 640] bfloat16
 
     def window(self, index: int, length: int = 1024) -> tuple[Tensor, Tensor]:
-        """Hidden states and labels of the first ``length`` tokens of a window of 1024."""
+        """Hidden states and labels of ``length`` tokens from the first of a window of 1024 on."""
         part = slice(1024 * index, 1024 * index + length)
         return self.hidden[part], self.labels[part]
 

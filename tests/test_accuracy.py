@@ -7,7 +7,8 @@ real text as they are, sharpened, and flattened as they are early in training.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -29,11 +30,11 @@ class Gradients(NamedTuple):
 def truth(hidden: Tensor, classifier: Tensor, labels: Tensor, wide: torch.dtype) -> Gradients:
     """The mean loss's gradients in ``wide``, block by block; log-sum-exp and dH in float64."""
     hidden = hidden.to(wide)
-    lse = torch.full(labels.shape, -math.inf, dtype=torch.float64)
+    lse = torch.full(labels.shape, -math.inf, dtype=torch.float64, device=hidden.device)
     for block in classifier.split(4096):
         lse = torch.logaddexp(lse, (hidden @ block.to(wide).t()).double().logsumexp(1))
-    d_hidden = torch.zeros(hidden.shape, dtype=torch.float64)
-    d_classifier = torch.empty(classifier.shape, dtype=wide)
+    d_hidden = torch.zeros_like(hidden, dtype=torch.float64)
+    d_classifier = torch.empty_like(classifier, dtype=wide)
     for start in range(0, len(classifier), 4096):
         block = classifier[start : start + 4096].to(wide)
         dz = (hidden @ block.t() - lse[:, None]).to(wide).exp_()
@@ -52,7 +53,7 @@ def standard(hidden: Tensor, classifier: Tensor, labels: Tensor) -> Gradients:
     the parts is taken in float32: more accurate than in one matmul with a bfloat16 result, if any.
     """
     d_hidden = torch.empty_like(hidden)
-    d_classifier = torch.zeros(classifier.shape, dtype=torch.float32)
+    d_classifier = torch.zeros_like(classifier, dtype=torch.float32)
     for start in range(0, len(labels), 256):
         part = slice(start, start + 256)
         logits = F.linear(hidden[part], classifier).requires_grad_()
@@ -73,7 +74,7 @@ def crosscut_auto(hidden: Tensor, classifier: Tensor, labels: Tensor) -> Gradien
 BFLOAT16 = (torch.bfloat16, torch.float32)
 FLOAT32 = (torch.float32, torch.float64)
 
-# dtypes of the inputs and of the truth; the window of 1024 tokens; tokens of it; scale of logits
+# dtypes of the inputs and the truth; the window of 1024 tokens; tokens from it on; scale of logits
 GRID = [
     (BFLOAT16, 0, 1024, 1.0),
     (BFLOAT16, 9, 1024, 1.0),
@@ -84,24 +85,33 @@ GRID = [
     (FLOAT32, 0, 256, 1.0),
     (FLOAT32, 9, 256, 0.2),
 ]
+# On a GPU more tokens decide together: batches as its kernels are for, too.
+CUDA_GRID = GRID + [(BFLOAT16, 0, 8192, scale) for scale in (1.0, 2.0, 0.5, 0.2)]
 
 
-@pytest.mark.parametrize(
-    ("dtypes", "window", "tokens", "scale"),
-    GRID,
-    ids=[f"{str(d[0])[6:]}, window {w}, {n} tokens, x{s}" for d, w, n, s in GRID],
-)
+def cases() -> Iterator[Any]:
+    for device, grid in (("cpu", GRID), ("cuda", CUDA_GRID)):
+        marks = [pytest.mark.gpu] if device == "cuda" else []
+        for dtypes, window, tokens, scale in grid:
+            name = f"{device}, {str(dtypes[0])[6:]}, window {window}, {tokens} tokens, x{scale}"
+            yield pytest.param(device, dtypes, window, tokens, scale, id=name, marks=marks)
+
+
+@pytest.mark.parametrize(("device", "dtypes", "window", "tokens", "scale"), list(cases()))
 def test_never_less_accurate_than_pytorch(
     real_head: RealHead,
+    device: str,
     dtypes: tuple[torch.dtype, torch.dtype],
     window: int,
     tokens: int,
     scale: float,
 ):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
     dtype, wide = dtypes
-    hidden, labels = real_head.window(window, tokens)
+    hidden, labels = (tensor.to(device) for tensor in real_head.window(window, tokens))
     hidden = (scale * hidden.float()).bfloat16().to(dtype)  # the same numbers in every dtype
-    classifier = real_head.classifier.to(dtype)
+    classifier = real_head.classifier.to(device, dtype)
     sparsity = crosscut.gradient_sparsity(hidden, classifier, labels)
     print(f"\nkept pairs {sparsity.kept:.2%}, mass of the tail {sparsity.tail:.2%}")
 

@@ -30,7 +30,7 @@ def drop_below(monkeypatch) -> Callable[[float], None]:
 
     def drop_below(mass: float) -> None:
         for module in (triton, filtered, forward):
-            monkeypatch.setattr(module, "DROP_BELOW", mass)
+            monkeypatch.setattr(module, "drop_below", lambda num_classes: mass)
 
     return drop_below
 

@@ -29,7 +29,7 @@ from crosscut.kernels.tuned import Sizes, Winner
 GPU = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, multi_processor_count=132)
 DEVICE = torch.device("cuda", 0)
 BF16 = torch.bfloat16
-WON = Sizes(128, 128, 32, 4, 5)
+WON = Sizes(128, 128, 32, 4, 5, 2)
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,11 @@ def chosen(
 
 
 def of_table(kernel: Kernel = Kernel.LSE, dtype: torch.dtype = BF16) -> Tiles:
-    return table(kernel, dtype, (9, 0))
+    return table(kernel, dtype, (9, 0), 2304)
+
+
+def sizes_of(tiles: Tiles) -> Sizes:
+    return Sizes(*(getattr(tiles, name) for name in Sizes._fields))
 
 
 @pytest.fixture
@@ -84,7 +88,7 @@ def test_the_table_where_nothing_was_tuned(silence: None) -> None:
 def test_a_winner_is_used_where_it_was_measured(silence: None) -> None:
     tuned.write([entry()])
     tiles = chosen()
-    assert [getattr(tiles, name) for name in Sizes._fields] == list(WON)
+    assert sizes_of(tiles) == WON
     assert tiles.descriptors == of_table().descriptors
     assert tiles.precision == of_table().precision
     assert chosen(hidden_size=640) == of_table()
@@ -169,10 +173,7 @@ class FakeMeter:
 
 
 def plan(*kernels: Kernel) -> tune.Plan:
-    sizes = {
-        kernel: Sizes(*(getattr(of_table(kernel), name) for name in Sizes._fields))
-        for kernel in kernels
-    }
+    sizes = {kernel: sizes_of(of_table(kernel)) for kernel in kernels}
     return tune.Plan(policies=dict.fromkeys(kernels, "auto"), dtype=BF16, table=sizes)
 
 
@@ -220,24 +221,26 @@ def test_sizes_that_do_not_run_end_it() -> None:
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("hidden_size", [640, 2304])
 def test_alternatives_keep_what_kernels_share(
-    dtype: torch.dtype, capability: tuple[int, int]
+    hidden_size: int, dtype: torch.dtype, capability: tuple[int, int]
 ) -> None:
     kernels = [Kernel.LSE, Kernel.GRADIENT, Kernel.MATMUL]
     if dtype != torch.float32:
         kernels += [
-            Kernel.PAIRS, Kernel.PAIR_MATMUL, Kernel.POPULAR_MATMUL, Kernel.ENTRY_MATMUL
+            Kernel.MASS_LSE, Kernel.PAIRS, Kernel.PAIR_MATMUL, Kernel.POPULAR_MATMUL,
+            Kernel.ENTRY_MATMUL,
         ]  # fmt: skip
-    sizes = {
-        kernel: Sizes(*(getattr(table(kernel, dtype, capability), name) for name in Sizes._fields))
-        for kernel in kernels
-    }
+    tiles = {kernel: table(kernel, dtype, capability, hidden_size) for kernel in kernels}
+    sizes = {kernel: sizes_of(tiles[kernel]) for kernel in kernels}
     tried = {kernel: tune.alternatives(kernel, dtype, sizes[kernel]) for kernel in kernels}
     for kernel in kernels:
-        assert 3 < len(tried[kernel]) < 12
+        assert 3 < len(tried[kernel]) < 15
         assert sizes[kernel] not in tried[kernel]
         assert len(set(tried[kernel])) == len(tried[kernel])
         assert {other.block_n for other in tried[kernel]} == {sizes[kernel].block_n}
+        more = [other for other in tried[kernel] if other.programs > 1]
+        assert not more or kernel in (Kernel.LSE, Kernel.MASS_LSE)  # which alone know of them
     everywhere = {kernel: [sizes[kernel], *tried[kernel]] for kernel in kernels}
     assert all(128 % other.block_d == 0 for other in everywhere[Kernel.MATMUL])
     together = {other.num_warps for k in kernels[1:3] for other in everywhere[k]}
@@ -257,14 +260,14 @@ def workload(dtype: torch.dtype = BF16) -> workloads.Workload:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("kept", "policy"), [(0.1, "auto"), (1.0, "exact")])
-def test_the_plan(monkeypatch: pytest.MonkeyPatch, kept: float, policy: str) -> None:
+@pytest.mark.parametrize("kept", [0.1, 1.0])
+def test_the_plan(monkeypatch: pytest.MonkeyPatch, kept: float) -> None:
     found = SimpleNamespace(kept=kept)
     monkeypatch.setattr(tune.crosscut, "gradient_sparsity", lambda *arguments: found)
     made = tune.plan_for(workload())
-    assert made.policies[Kernel.LSE] == policy
-    assert (Kernel.PAIRS in made.policies) == (kept < 1)
-    assert list(made.policies)[-2:] == [Kernel.GRADIENT, Kernel.MATMUL]
+    of_auto = [kernel for kernel, policy in made.policies.items() if policy == "auto"]
+    assert len(of_auto) == (5 if kept < 1 else 0)
+    assert list(made.policies)[len(of_auto) :] == [Kernel.LSE, Kernel.GRADIENT, Kernel.MATMUL]
     assert made.table[Kernel.LSE] == plan(Kernel.LSE).table[Kernel.LSE]
 
 
@@ -369,7 +372,7 @@ def test_show_and_reset() -> None:
     result = crosscut("--show")
     assert result.exit_code == 0
     said = words(result)
-    assert "lse, bfloat16, D=2304: 128 x 128 x 32, 4 warps, 5 stages in a test" in said
+    assert "lse, bfloat16, D=2304: 128 x 128 x 32, 4 warps, 5 stages, 2 programs in a test" in said
     assert "NVIDIA H100, 9.0, Triton 3.0.0" in said
     assert said.count("used here") == 2
 

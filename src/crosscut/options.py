@@ -151,13 +151,13 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-_workspace_limit = 2**28
+_workspace_limit = 5 * 2**25
 
 
 def workspace_limit() -> int:
     """Bytes that a backward on a GPU may use for the gradient of a chunk of logits.
 
-    256 MiB unless :func:`set_workspace_limit` was called.
+    160 MiB unless :func:`set_workspace_limit` was called.
     """
     return _workspace_limit
 

@@ -148,19 +148,23 @@ def _confirm(tuning: Tuning, choice: Choice, meter: Meter) -> Tuning:
 def plan_for(workload: Workload) -> Plan:
     """The plan for a workload on a GPU.
 
-    Not the kernels of the paper's filter, which are for comparison. Those of kept pairs only where
-    ``"auto"`` leaves anything out: else they have nothing to do.
+    Not the kernels of the paper's filter, which are for comparison. Those of ``"auto"`` only where
+    it leaves anything out: else they have nothing to do.
     """
     from crosscut.kernels.tiles import Kernel, table
 
     kept = crosscut.gradient_sparsity(workload.hidden, workload.classifier, workload.labels).kept
-    policies = {Kernel.LSE: "auto" if kept < 1 else "exact"}
-    if kept < 1:
-        pairs = (Kernel.PAIRS, Kernel.PAIR_MATMUL, Kernel.ENTRY_MATMUL, Kernel.POPULAR_MATMUL)
-        policies |= dict.fromkeys(pairs, "auto")
-    policies |= {Kernel.GRADIENT: "exact", Kernel.MATMUL: "exact"}
+    of_auto = (
+        Kernel.MASS_LSE, Kernel.PAIRS, Kernel.PAIR_MATMUL, Kernel.ENTRY_MATMUL,
+        Kernel.POPULAR_MATMUL,
+    )  # fmt: skip
+    policies: dict[Kernel, str] = dict.fromkeys(of_auto if kept < 1 else (), "auto")
+    policies |= dict.fromkeys((Kernel.LSE, Kernel.GRADIENT, Kernel.MATMUL), "exact")
     dtype, capability = workload.hidden.dtype, torch.cuda.get_device_capability()
-    tiles = {kernel: table(kernel, dtype, capability, tf32=_tf32(dtype)) for kernel in policies}
+    tiles = {
+        kernel: table(kernel, dtype, capability, workload.hidden.shape[1], tf32=_tf32(dtype))
+        for kernel in policies
+    }
     return Plan(
         policies=policies,
         dtype=dtype,
@@ -184,14 +188,15 @@ def why_not() -> str | None:
     return None
 
 
-# Alternatives: classes (or dimensions) of a tile, of a step, warps, stages. What is not varied is
-# fixed by what a kernel shares with others: BLOCK_N is the filter's block of 128 tokens, or a cell
-# of 64 classes; a step of PAIR_MATMUL divides the slots of PAIRS; MATMUL runs inside GRADIENT's
-# kernel, with its warps and stages.
+# Alternatives: classes (or dimensions) of a tile, of a step, warps, stages, programs if not one.
+# What is not varied is fixed by what a kernel shares with others: BLOCK_N is the filter's block of
+# 128 tokens, or a cell of 64 classes; a step of PAIR_MATMUL divides the slots of PAIRS; MATMUL runs
+# inside GRADIENT's kernel, with its warps and stages.
 _LOGITS = (
     (256, 64, 8, 3), (256, 64, 8, 4), (256, 32, 8, 4), (256, 128, 8, 2),
     (128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (128, 64, 4, 4), (128, 128, 8, 2),
 )  # fmt: skip
+_TWO_PROGRAMS = ((128, 64, 4, 2, 2), (128, 64, 4, 3, 2), (128, 32, 4, 4, 2), (128, 64, 8, 3, 2))
 _ENTRIES = (
     (256, 64, 4, 1), (256, 64, 4, 2), (256, 64, 8, 1), (256, 32, 4, 2), (256, 128, 8, 1),
     (128, 64, 4, 1), (128, 64, 4, 2), (128, 32, 4, 3), (128, 128, 4, 1),
@@ -212,7 +217,9 @@ def alternatives(kernel: Kernel, dtype: torch.dtype, table: Sizes) -> list[Sizes
 
     if dtype == torch.float32:
         tried = _FLOAT32
-    elif kernel in (Kernel.LSE, Kernel.GRADIENT, Kernel.PAIRS):
+    elif kernel in (Kernel.LSE, Kernel.MASS_LSE):
+        tried = _LOGITS + _TWO_PROGRAMS
+    elif kernel in (Kernel.GRADIENT, Kernel.PAIRS):
         tried = _LOGITS
     else:
         tried = _ENTRIES if kernel == Kernel.ENTRY_MATMUL else _PRODUCTS
@@ -381,5 +388,6 @@ def _verdict(trial: Trial, tuning: Tuning) -> str:
 
 def words(sizes: Sizes) -> str:
     """Sizes in a few characters."""
-    n, v, d, warps, stages = sizes
-    return f"{n} x {v} x {d}, {warps} warps, {stages} stages"
+    n, v, d, warps, stages, programs = sizes
+    several = f", {programs} programs" if programs > 1 else ""
+    return f"{n} x {v} x {d}, {warps} warps, {stages} stages{several}"

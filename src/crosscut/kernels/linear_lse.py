@@ -5,7 +5,7 @@
 and, where ``logit_weight`` is given, ``logit_sum[n] = sum_v logit_weight[v] z[n, v]``. Logits are
 made tile by tile in registers, reduced to a running (max, sum) a token, and dropped.
 
-**Who owns what.** One program a multiprocessor. Token tiles are worked on in groups whose hidden
+**Who owns what.** As many programs as run at once. Token tiles are worked on in groups whose hidden
 states fit in the L2 cache. Of P programs and G tiles in a group, P // G work on each tile: each on
 a slice of the vocabulary of W class tiles. The programs left over share a last, narrower slice, W
 being such that all finish together. With P = 14, G = 4:
@@ -329,7 +329,8 @@ def linear_lse(
     """
     hidden, classifier = head.hidden, head.classifier
     num_tokens, num_classes = len(hidden), len(classifier)
-    programs, most_tiles = num_programs(hidden.device), tiles_in_group(hidden, tiles)
+    programs = tiles.programs * num_programs(hidden.device)
+    most_tiles = tiles_in_group(hidden, tiles)
     token_tiles = triton.cdiv(num_tokens, tiles.block_n)
     most_groups = min(triton.cdiv(token_tiles, most_tiles) + MORE_GROUPS.value, token_tiles)
     slots = tiles.block_n * (most_groups * programs + token_tiles)  # for any number of rows

@@ -44,6 +44,7 @@ class Kernel(StrEnum):
     """The kernels that work on tiles. What a tile's sizes mean is said where they are launched."""
 
     LSE = "lse"
+    MASS_LSE = "mass_lse"  # with column masses
     WEIGHTED_LSE = "weighted_lse"  # with a logit sum
     GRADIENT = "gradient"
     FILTER = "filter"  # the gradient kernel where it also marks 128 x 128 tiles
@@ -68,6 +69,8 @@ class Tiles:
         precision: ``"ieee"`` or ``"tf32"`` multiplication of float32 operands; ``"upcast"`` makes
             every operand float32 first, which the interpreter needs for bfloat16.
         descriptors: whether TMA loads blocks of those matrices that it can.
+        programs: programs that a multiprocessor runs at once: while one is busy with a finished
+            tile, another multiplies.
     """
 
     block_n: int
@@ -77,6 +80,7 @@ class Tiles:
     num_stages: int
     precision: str = "ieee"
     descriptors: bool = False
+    programs: int = 1
 
     @property
     def constants(self) -> tuple[int, int, int, str]:
@@ -85,9 +89,14 @@ class Tiles:
 
 
 def table(
-    kernel: Kernel, dtype: torch.dtype, capability: tuple[int, int], *, tf32: bool = False
+    kernel: Kernel,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    hidden_size: int,
+    *,
+    tf32: bool = False,
 ) -> Tiles:
-    """The tiles measured best, by kernel, dtype and compute capability of the GPU."""
+    """The tiles measured best: by kernel, dtype, compute capability of the GPU and hidden size."""
 
     def tiles(*sizes: int, **rest: Any) -> Tiles:
         block_n, block_v, block_d, num_warps, num_stages = sizes
@@ -115,8 +124,11 @@ def table(
     if kernel == Kernel.PAIR_MATMUL and capability >= (9, 0):
         return tiles(128, 256, 128, 8, 2, descriptors=True)
     if capability >= (9, 0):
+        if kernel == Kernel.MASS_LSE and hidden_size <= 768:
+            return tiles(128, 128, 64, 4, 3, descriptors=True, programs=2)
         block_v = 128 if kernel == Kernel.WEIGHTED_LSE else 256  # more would spill
-        stages = 4 if kernel in (Kernel.LSE, Kernel.GRADIENT, Kernel.FILTER) else 3
+        deep = (Kernel.LSE, Kernel.MASS_LSE, Kernel.GRADIENT, Kernel.FILTER)
+        stages = 4 if kernel in deep else 3
         return tiles(128, block_v, 64, 8, stages, descriptors=True)
     return tiles(128, 128, 64, 8, 3)  # 96 KiB of shared memory: fits every GPU since Ampere
 
@@ -132,7 +144,7 @@ class Head(NamedTuple):
 
 
 def choose_tiles(kernel: Kernel, like: Tensor) -> Tiles:
-    """The tiles of a kernel for operands of the dtype and on the device of ``like`` [.., D].
+    """The tiles of a kernel for operands [.., D] of the dtype and on the device of ``like``.
 
     Those of the table, or what ``crosscut tune`` found better on this GPU.
     """
@@ -151,8 +163,7 @@ def choose_tiles(kernel: Kernel, like: Tensor) -> Tiles:
             precision="upcast", descriptors=True,
         )  # fmt: skip
     tf32 = like.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    capability = torch.cuda.get_device_capability(device)
-    tiles = table(kernel, like.dtype, capability, tf32=tf32)
+    tiles = table(kernel, like.dtype, _capability(device), like.shape[-1], tf32=tf32)
     sizes = tuned.lookup(device, tuning_key(kernel, like.dtype, tf32, like.shape[-1]))
     return tiles if sizes is None else replace(tiles, **sizes._asdict())
 
@@ -160,6 +171,11 @@ def choose_tiles(kernel: Kernel, like: Tensor) -> Tiles:
 def tuning_key(kernel: Kernel, dtype: torch.dtype, tf32: bool, hidden_size: int) -> tuned.Key:
     """What a kernel's tuned sizes are found by."""
     return tuned.Key(kernel.value, str(dtype).removeprefix("torch."), tf32, hidden_size)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def has_descriptor(matrix: Tensor) -> bool:

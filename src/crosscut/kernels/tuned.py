@@ -34,6 +34,7 @@ class Sizes(NamedTuple):
     block_d: int
     num_warps: int
     num_stages: int
+    programs: int = 1
 
 
 class Key(NamedTuple):

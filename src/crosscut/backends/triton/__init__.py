@@ -17,9 +17,9 @@ from torch import Tensor
 
 from crosscut.backends.protocol import Cotangents, Gradients, HeadProblem, Needs, Statistics
 from crosscut.backends.triton.column_filter import (
-    DROP_BELOW,
     MAX_TAIL,
     block_tokens,
+    drop_below,
     filters_columns,
     most_pairs,
     token_blocks,
@@ -111,7 +111,8 @@ class TritonBackend:
             return 1.0, 0.0
         masses = masses[: math.ceil(num_rows / block_tokens(problem))]
         kept = int((masses < 0).sum())
-        tail = masses.clamp_min(0).sum(dtype=torch.float32).item() * DROP_BELOW / num_rows
+        unit = drop_below(masses.shape[1])
+        tail = masses.clamp_min(0).sum(dtype=torch.float32).item() * unit / num_rows
         if kept > most_pairs(problem) or (problem.options.policy == "auto" and tail > MAX_TAIL):
             return 1.0, 0.0
         return kept / masses.numel(), tail

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from crosscut.backends.protocol import Gradients, HeadProblem, Statistics
 from crosscut.backends.triton.column_filter import (
-    DROP_BELOW,
     ENTRIES_PER_TOKEN,
     MAX_TAIL,
+    drop_below,
     most_pairs,
 )
 from crosscut.backends.triton.sweep import KeptTokens, sweep
@@ -54,19 +54,20 @@ def _from_kept_pairs(
     kept, tokens, _, scale = together
     tiles = choose_tiles(Kernel.PAIRS, hidden)
     head = Head(hidden, classifier, None, problem.options.logit_scale, problem.options.softcap)
-    blocks = len(statistics.column_mass)
+    blocks, num_classes = statistics.column_mass.shape
+    unit = drop_below(num_classes)
     slots = (math.ceil(most_pairs(problem) / tiles.block_v) + blocks) * tiles.block_v
     pairs = kept_pairs(
         statistics.column_mass, kept.count,
         block_n=tiles.block_n, num_slots=slots, block_slots=tiles.block_v,
-        most_tail=MAX_TAIL / DROP_BELOW if problem.options.policy == "auto" else math.inf,
+        most_tail=MAX_TAIL / unit if problem.options.policy == "auto" else math.inf,
     )  # fmt: skip
     exact_rows = pairs.exact_rows
     tokens = tokens._replace(num_rows=pairs.num_rows)
 
     column_mass = statistics.column_mass.clamp_min(0)
     by_block = _product(column_mass, classifier) if out.hidden is not None else None  # [blocks, D]
-    gradient = pair_gradient(head, tokens, pairs, column_mass, tiles, drop_below=DROP_BELOW)
+    gradient = pair_gradient(head, tokens, pairs, column_mass, tiles, drop_below=unit)
     slope_mean = None
     if problem.options.softcap is not None:
         slope_mean = statistics.tail_mass[kept.rows.clamp_min(0).long()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from crosscut.backends.protocol import HeadProblem, Statistics
-from crosscut.backends.triton.column_filter import DROP_BELOW, block_tokens
+from crosscut.backends.triton.column_filter import block_tokens, drop_below
 from crosscut.kernels.flags import labels_first
 from crosscut.kernels.indexed_matmul import indexed_matmul
 from crosscut.kernels.kept_pairs import keep_labels
@@ -48,9 +48,11 @@ def compute_statistics(problem: HeadProblem, like: Statistics) -> Statistics:
             reference, linear_lse(head._replace(classifier=some), kept, tiles).lse
         )
     column_mass = like.column_mass.zero_()
+    tiles = choose_tiles(Kernel.MASS_LSE, hidden)
     found = linear_lse(
-        head, kept, tiles, column_mass=column_mass, reference=reference, drop_below=DROP_BELOW
-    )
+        head, kept, tiles,
+        column_mass=column_mass, reference=reference, drop_below=drop_below(num_classes),
+    )  # fmt: skip
     keep_labels(column_mass, labels, kept, block_tokens(problem))
     slope_mean = like.tail_mass if found.slope_mean is None else found.slope_mean
     return like._replace(lse=found.lse, target_logit=target_logit, tail_mass=slope_mean)

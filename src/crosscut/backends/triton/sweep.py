@@ -20,6 +20,7 @@ others in float32.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -247,15 +248,23 @@ def _by_mean_logit(problem: HeadProblem, tokens: Tokens) -> Tensor:
 
 
 def _chunk_width(problem: HeadProblem, gradient: Tiles, matmul: Tiles) -> int:
-    """Classes of a chunk: as many as the workspace allows, and few programs idle.
-
-    Each kernel's tiles go over the programs in rounds. Of the widths near the most allowed, the
-    one whose rounds are fullest.
-    """
-    num_tokens, hidden_size = problem.hidden.shape
+    """Classes of a chunk: as many as the workspace allows, and few programs idle."""
+    num_tokens = len(problem.hidden)
     row_bytes = math.ceil(num_tokens / TILE) * TILE * problem.hidden.element_size()
     most = min(workspace_limit() // row_bytes, MOST_CLASSES, len(problem.classifier) + TILE - 1)
     programs = num_programs(problem.hidden.device)
+    return _fullest_width(tuple(problem.hidden.shape), most, gradient, matmul, programs)
+
+
+@functools.cache
+def _fullest_width(
+    shape: tuple[int, int], most: int, gradient: Tiles, matmul: Tiles, programs: int
+) -> int:
+    """Of the widths near the most allowed, the one whose rounds are fullest.
+
+    Each kernel's tiles go over the programs in rounds.
+    """
+    num_tokens, hidden_size = shape
 
     def time(width: int) -> float:
         """Of one class, in steps of a program: the gradient of logits, and dC."""
