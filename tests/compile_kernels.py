@@ -2,8 +2,10 @@
 
     python tests/compile_kernels.py cuda:90 bfloat16
 
-prints one JSON line a kernel: registers, bytes spilled, shared memory. What is compiled is what a
-launch would be: its options, its specialisation on alignment, the tiles of the table.
+prints one JSON line a kernel: registers, bytes spilled, shared memory, and the seconds that each
+part of the compiler took (with TRITON_ALWAYS_COMPILE=1, else nothing of what is in its cache). What
+is compiled is what a launch would be: its options, its specialisation on alignment, the tiles of
+the table.
 """
 
 from __future__ import annotations
@@ -49,7 +51,12 @@ def main(target: str, dtype_name: str) -> None:
     capability = divmod(int(arch), 10) if kind == "cuda" else (8, 0)
     dtype = getattr(torch, dtype_name)
     compiled: list[tuple[str, Any]] = []
+    seconds: dict[int, dict[str, float]] = {}
     run = triton.JITFunction.run
+
+    def listen(*, times: Any, **_: Any) -> None:
+        parts = {"python": times.ir_initialization, **dict(times.lowering_stages)}
+        seconds[len(compiled)] = {part: round(took / 1e6, 3) for part, took in parts.items()}
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         del grid, warmup
@@ -60,10 +67,12 @@ def main(target: str, dtype_name: str) -> None:
         return tile_table.table(kernel, like.dtype, capability, like.shape[1])
 
     driver.set_active(NoDriver(gpu))
+    triton.knobs.compilation.listener = listen
     with mock.patch.object(triton.JITFunction, "run", compile_only):
         launch_everything(dtype, choose)
-    for name, kernel in compiled:
-        print(json.dumps({"kernel": name, **resources(kernel, gpu)}), flush=True)
+    for index, (name, kernel) in enumerate(compiled):
+        found = {"kernel": name, **resources(kernel, gpu), "seconds": seconds.get(index, {})}
+        print(json.dumps(found), flush=True)
 
 
 def launch_everything(dtype: torch.dtype, choose: Any) -> None:

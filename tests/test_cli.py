@@ -35,7 +35,7 @@ def words(result: Result) -> str:
 @pytest.mark.parametrize(
     ("command", "text"),
     [
-        ((), "bench report explain env"),
+        ((), "bench report tune explain env"),
         (("bench",), "crosscut bench --workload llama3-8b --device cuda --tokens 8192"),
         (("report",), "crosscut report benchmarks/results/gemma3-270m.json"),
         (("explain",), "crosscut explain --tokens 8192"),

@@ -69,6 +69,12 @@ def test_rotation_in_blocks(head: RealHead, monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(widen(head, 16, VOCAB).classifier, whole.classifier)
 
 
+def test_a_named_model_of_another_shape(head: RealHead, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(real_head, "load", lambda tokens, progress: head)
+    request = WorkloadRequest(name="gemma3-270m", tokens=TOKENS, hidden=16, vocab=12)
+    assert workloads.make(request, Silent()).classifier.shape == (12, 16)
+
+
 @pytest.mark.parametrize("hidden", [HIDDEN, 16])
 def test_logits_times(head: RealHead, hidden: int) -> None:
     once, half = (widen(head, hidden, VOCAB, logits_times=times) for times in (1.0, 0.5))
@@ -113,6 +119,7 @@ def test_random() -> None:
     ("request_", "message"),
     [
         ({"name": "gpt-9"}, "--workload must be one of gemma3-270m, "),
+        ({"name": "random:D=4,V=9", "vocab": 7}, "has a shape of its own: give no other"),
         ({"name": "random:D=4"}, "--workload must give V, got 'random:D=4'"),
         ({"name": "random:D=4,V=0"}, "with positive sizes, got 'random:D=4,V=0'"),
         ({"name": "random:D=4,W=3"}, "--workload must look like random:N=1024,D=640,V=262144"),

@@ -1,4 +1,4 @@
-"""The command line: ``crosscut bench``, ``report``, ``explain`` and ``env``.
+"""The command line: ``crosscut bench``, ``report``, ``tune``, ``explain`` and ``env``.
 
 Needs the extra ``crosscut[cli]``; real heads and plots need ``crosscut[bench]``, and load what is
 slow to load only when they are asked for.
@@ -28,10 +28,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import crosscut
 from crosscut.backends import NAMES
-from crosscut.bench import BenchError, contenders, results, workloads
+from crosscut.bench import BenchError, contenders, results, tune, workloads
 from crosscut.bench import report as reports
 from crosscut.bench.progress import Bars
 from crosscut.bench.run import Plan, run
+from crosscut.kernels import tuned
 
 EXIT_FAILED_GATE, EXIT_USAGE = 1, 2
 
@@ -62,6 +63,28 @@ unless set.
 - `crosscut bench --logits-times 0.2` : as flat a softmax as early in training
 - `crosscut bench --workload random:N=512,D=256,V=32000` : no download
 - `crosscut bench --list` : workloads and contenders
+"""
+
+_TUNE_HELP = """
+Look for tile sizes that are faster on this GPU than crosscut's own, and keep those that are.
+
+crosscut never tunes while it trains: it takes its tiles from a table, measured on an H100. This
+command times loss and gradients of a head with the table's sizes and with others, kernel by kernel,
+in some minutes. Sizes whose error is larger than the table's are rejected. The others must save 2 %
+of forward and backward, twice. Winners go to `tiles.json` in `$CROSSCUT_CACHE`, `~/.cache/crosscut`
+unless set; from its next start every process on this machine takes them for this GPU, dtype and
+hidden size, as long as Triton and crosscut's kernels are those they were measured with.
+
+Take the hidden size, vocabulary, tokens and dtype of your own training. The logits are a real
+model's: what a gradient may leave out decides which kernels matter.
+
+**Examples**
+
+- `crosscut tune --workload llama3-8b --tokens 8192`
+- `crosscut tune --hidden-size 2048 --vocab-size 151936 --tokens 4096 --dtype bf16`
+- `crosscut tune --dry-run` : measure, print, keep nothing
+- `crosscut tune --show` : what is kept, and whether it is used here
+- `crosscut tune --reset` : forget all of it
 """
 
 _EXPLAIN_HELP = """
@@ -156,6 +179,55 @@ def report(
         reports.plot(loaded, plot)
 
 
+@app.command("tune", help=_TUNE_HELP)
+def tune_(
+    workload: Annotated[
+        str, typer.Option(help="A model's name, or random:N=..,D=..,V=..; see bench --list.")
+    ] = "gemma3-270m",
+    hidden_size: Annotated[
+        int | None, typer.Option(help="Hidden size D, in place of the workload's.")
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Vocabulary V, in place of the workload's.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Number of tokens N of a step.")] = 8192,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    repeats: Annotated[int, typer.Option(help="Timed runs of each alternative.")] = 7,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Keep nothing.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print what is kept, and stop.")] = False,
+    reset: Annotated[bool, typer.Option("--reset", help="Forget what is kept, and stop.")] = False,
+) -> None:
+    """See ``_TUNE_HELP``."""
+    if reset:
+        tuned.path().unlink(missing_ok=True)
+        print(f"{tuned.path()} is gone: crosscut takes its tiles from its table.")
+        return
+    try:
+        if show:
+            _show_tuned()
+            return
+        if reason := tune.why_not():
+            raise BenchError(f"crosscut tune cannot run on this machine: {reason}")
+        if repeats < 1:
+            raise BenchError(f"--repeats must be at least 1, got {repeats}")
+        bars = Bars()
+        request = workloads.WorkloadRequest(
+            name=workload, tokens=tokens, dtype=dtype, device="cuda",
+            hidden=hidden_size, vocab=vocab_size,
+        )  # fmt: skip
+        load = workloads.make(request, bars)
+        meter = tune.GpuMeter(load, repeats, bars)
+        found = tune.search(tune.plan_for(load), meter, bars)
+        Console().print(tune.table(load, found))
+        entries = tune.winners(load, found)
+        if dry_run:
+            print("Nothing kept: --dry-run.")
+        else:
+            print(f"{len(entries)} of {len(found)} kernels kept in {tune.store(load, entries)}")
+    except BenchError as error:
+        _fail(error)
+
+
 @app.command(help=_EXPLAIN_HELP)
 def explain(
     tokens: Annotated[int, typer.Option(help="Number of tokens N.")] = 8192,
@@ -234,6 +306,27 @@ def _list() -> None:
         people.add_row(contender.name, contender.what, contender.version or "not installed")
     console = Console()
     console.print(models, people)
+
+
+def _show_tuned() -> None:
+    """What ``tune --show`` prints."""
+    try:
+        kept = tuned.read()
+    except (OSError, ValueError) as error:
+        raise BenchError(
+            f"{tuned.path()} cannot be used: {error}. Forget it with crosscut tune --reset"
+        ) from error
+    print(f"{tuned.path()}: {len(kept)} entries")
+    here = None if tune.why_not() else tuned.here(torch.device("cuda", torch.cuda.current_device()))
+    for winner in kept:
+        kernel, dtype, tf32, hidden_size = winner.key
+        used = "used here" if winner.place == here else "not used here"
+        print(
+            f"\n{kernel}, {dtype}{' as tf32' if tf32 else ''}, D={hidden_size}: "
+            f"{tune.words(winner.sizes)}\n  {winner.measured}\n"
+            f"  {winner.place.gpu}, Triton {winner.place.triton}, "
+            f"kernels {winner.place.kernels}: {used}"
+        )
 
 
 def _device(name: str | None) -> str:

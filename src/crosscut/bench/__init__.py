@@ -3,7 +3,8 @@
 Read in this order: :mod:`.workloads` (what is computed), :mod:`.contenders` (by whom),
 :mod:`.truth` (what the right answer is), :mod:`.measure` (gate, clock and memory meter),
 :mod:`.results` (what is written down) and :mod:`.report` (how it is shown). :mod:`.real_head` and
-:mod:`.progress` serve them. The library itself never imports any of this.
+:mod:`.progress` serve them; :mod:`.tune` measures tile sizes with the same clock. The library
+itself never imports any of this.
 """
 
 

@@ -4,7 +4,7 @@ Gemma 3 270M (V=262144, D=640) reads the Python language reference in windows of
 counts is what its output head sees: the hidden states after the final norm, and the token that
 comes next. The weights come from a package of the registry (an extra of crosscut), quantised to 4
 to 8 bits; the token ids come with crosscut. Running the model takes about a minute, so head and
-hidden states are kept in ``$CROSSCUT_CACHE`` (default ``~/.cache/crosscut``, 0.7 GB).
+hidden states are kept in the cache directory (:mod:`crosscut.cache`, 0.7 GB).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from crosscut.bench import BenchError
 from crosscut.bench.progress import Progress
+from crosscut.cache import cache_directory
 
 VOCAB, HIDDEN = 262_144, 640
 WINDOW = 1024
@@ -68,7 +69,7 @@ def load(tokens: int, progress: Progress) -> RealHead:
         most = len(ids) // WINDOW * WINDOW
         raise BenchError(f"--tokens must be at most {most}, the length of the text, got {tokens}")
 
-    cache = _cache_directory()
+    cache = _own_directory()
     head_file, hidden_file = cache / "head.safetensors", _cached_hidden(cache, windows)
     if hidden_file is None or not head_file.exists():
         hidden_file = _run_model(ids, windows, cache, progress)
@@ -94,10 +95,8 @@ def _shipped_ids() -> Tensor:
     return ids[ids != _BEGIN]
 
 
-def _cache_directory() -> Path:
-    root = os.environ.get("CROSSCUT_CACHE")
-    base = Path(root) if root else Path.home() / ".cache" / "crosscut"
-    directory = base / f"gemma3-270m-v{CACHE_VERSION}"
+def _own_directory() -> Path:
+    directory = cache_directory() / f"gemma3-270m-v{CACHE_VERSION}"
     directory.mkdir(parents=True, exist_ok=True)
     return directory
 

@@ -60,6 +60,8 @@ class WorkloadRequest:
         dtype: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
         device: ``"cpu"`` or ``"cuda"``.
         logits_times: factor of every logit: 0.2 is a model early in its training.
+        hidden: another hidden size D than the named model's.
+        vocab: another vocabulary V than the named model's.
     """
 
     name: str
@@ -67,6 +69,8 @@ class WorkloadRequest:
     dtype: str = "bf16"
     device: str = "cpu"
     logits_times: float = 1.0
+    hidden: int | None = None
+    vocab: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +113,8 @@ def make(request: WorkloadRequest, progress: Progress) -> Workload:
     if request.tokens is not None and request.tokens < 1:
         raise BenchError(f"--tokens must be at least 1, got {request.tokens}")
     if request.name.startswith("random:"):
+        if request.hidden or request.vocab:
+            raise BenchError(f"--workload {request.name} has a shape of its own: give no other")
         return _random(request)
     if request.name not in MODELS:
         raise BenchError(
@@ -116,7 +122,9 @@ def make(request: WorkloadRequest, progress: Progress) -> Workload:
             f"got {request.name!r}"
         )
     head = real_head.load(request.tokens or DEFAULT_TOKENS, progress)
-    return from_real_head(head, MODELS[request.name], request, progress)
+    model = MODELS[request.name]
+    shape = HeadShape(hidden=request.hidden or model.hidden, vocab=request.vocab or model.vocab)
+    return from_real_head(head, shape, request, progress)
 
 
 def from_real_head(

@@ -37,6 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from crosscut.kernels.kept_pairs import CELL, KeptPairs
+from crosscut.kernels.launch import kernel
 from crosscut.kernels.pair_gradient import PairGradient, is_entry_of
 from crosscut.kernels.softmax_gradient import Tokens
 from crosscut.kernels.tiles import Tiles, dot_tile
@@ -54,7 +55,7 @@ class Entries(NamedTuple):
     exact_rows: Tensor  # [1] int32, the same the other way round
 
 
-@triton.jit
+@kernel
 def count_entries_kernel(
     num_rows_ptr, num_entries_ptr, cell_start_ptr, before_ptr, count_ptr, num_blocks, cells,
     CELL: tl.constexpr, CELLS: tl.constexpr,
@@ -73,7 +74,7 @@ def count_entries_kernel(
         tl.store(count_ptr + cell * num_blocks + block, tl.sum(count, 1), mask=cell < cells)
 
 
-@triton.jit
+@kernel
 def list_entries_kernel(
     all_rows_ptr,
     num_rows_ptr,
@@ -176,7 +177,7 @@ def list_entries(
     return found
 
 
-@triton.jit
+@kernel
 def classifier_rows_kernel(
     num_rows_ptr,
     hidden_ptr,

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crosscut.kernels.launch import kernel
 from crosscut.kernels.softmax_gradient import Tokens, softmax_gradient_kernel
 from crosscut.kernels.tile_matmul import TILE, tile_matmul_kernel
 from crosscut.kernels.tiles import Head, Tiles, descriptor, num_programs, tiles_in_group
@@ -49,7 +50,7 @@ def wait_for_all(arrived_ptr, count, FENCE: tl.constexpr):
         )
 
 
-@triton.jit
+@kernel
 def exact_sweep_kernel(
     num_rows_ptr,
     hidden_ptr,

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crosscut.kernels.launch import kernel
+
 FLAG_CLASSES = 8192
 """Classes that a program ranks."""
 
@@ -27,7 +29,7 @@ def count_flags(flags_ptr, first, end, num_classes, BLOCK: tl.constexpr):
     return count
 
 
-@triton.jit
+@kernel
 def flag_labels_kernel(labels_ptr, flags_ptr, num_tokens, num_classes, BLOCK: tl.constexpr):
     tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     labels = tl.load(labels_ptr + tokens, mask=tokens < num_tokens, other=-1)
@@ -35,7 +37,7 @@ def flag_labels_kernel(labels_ptr, flags_ptr, num_tokens, num_classes, BLOCK: tl
     tl.store(flags_ptr + labels, tl.full((BLOCK,), 1, tl.int8), mask=known)
 
 
-@triton.jit
+@kernel
 def flagged_first_kernel(flags_ptr, out_ptr, most, num_classes, BLOCK: tl.constexpr):
     """Program i owns the places of the classes from BLOCK i on."""
     first = tl.program_id(0) * BLOCK

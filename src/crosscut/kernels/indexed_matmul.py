@@ -18,13 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crosscut.kernels.launch import kernel
 from crosscut.kernels.tiles import Head, logits_of
 
 BLOCK_N = 16
 BLOCK_D = 128
 
 
-@triton.jit
+@kernel
 def indexed_matmul_kernel(
     hidden_ptr,
     classifier_ptr,

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from crosscut.kernels.flags import FLAG_CLASSES, count_flags
 from crosscut.kernels.kept_rows import KeptRows
+from crosscut.kernels.launch import kernel
 
 CELL = 64
 """Classes of a cell."""
@@ -57,7 +58,7 @@ class KeptPairs(NamedTuple):
     exact_rows: Tensor  # [1] int32, the same the other way round
 
 
-@triton.jit
+@kernel
 def keep_labels_kernel(
     column_mass_ptr, labels_ptr, rows_ptr, num_rows_ptr, num_classes, BLOCK_N: tl.constexpr
 ):
@@ -78,7 +79,7 @@ def keep_labels(column_mass: Tensor, labels: Tensor, kept: KeptRows, block_n: in
     )
 
 
-@triton.jit
+@kernel
 def count_pairs_kernel(
     column_mass_ptr, num_rows_ptr, count_ptr, block_count_ptr, tail_ptr, is_popular_ptr,
     num_blocks, num_classes, cells, BLOCK_N: tl.constexpr, CELL: tl.constexpr,
@@ -105,7 +106,7 @@ def count_pairs_kernel(
     tl.store(is_popular_ptr + classes, popular.to(tl.int8), mask=classes < num_classes)
 
 
-@triton.jit
+@kernel
 def place_pairs_kernel(
     count_ptr, block_count_ptr, chunk_tail_ptr, is_popular_ptr, cell_start_ptr, tail_ptr,
     popular_ptr, popular_count_ptr, popular_rank_ptr, num_blocks, num_classes, cells, chunks,
@@ -148,7 +149,7 @@ def place_pairs_kernel(
             tl.store(popular_count_ptr, count)
 
 
-@triton.jit
+@kernel
 def list_pairs_kernel(
     column_mass_ptr, num_rows_ptr, block_count_ptr, cell_start_ptr, tail_ptr, popular_rank_ptr,
     columns_ptr, popular_slot_ptr, filtered_rows_ptr, exact_rows_ptr,

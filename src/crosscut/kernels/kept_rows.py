@@ -16,9 +16,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+
+from crosscut.kernels.launch import kernel
 
 
 class KeptRows(NamedTuple):
@@ -29,7 +30,7 @@ class KeptRows(NamedTuple):
     place: Tensor  # [N]
 
 
-@triton.jit
+@kernel
 def kept_rows_kernel(labels_ptr, count_ptr, rows_ptr, place_ptr, num_tokens, BLOCK: tl.constexpr):
     count = 0
     for start in range(0, num_tokens, BLOCK):

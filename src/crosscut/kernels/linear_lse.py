@@ -47,6 +47,7 @@ import triton.language as tl
 from torch import Tensor
 
 from crosscut.kernels.kept_rows import KeptRows
+from crosscut.kernels.launch import kernel
 from crosscut.kernels.tiles import (
     LOG2_E,
     Head,
@@ -171,7 +172,7 @@ def sweep_slice(
     return highest, total, logit_sum, sloped_total
 
 
-@triton.jit
+@kernel
 def linear_lse_kernel(
     hidden_ptr,
     hidden_desc,
@@ -244,7 +245,7 @@ def linear_lse_kernel(
                 tl.store(slice_sloped_ptr + place, sloped_total, mask=valid)
 
 
-@triton.jit
+@kernel
 def combine_slices_kernel(
     slice_highest_ptr,
     slice_total_ptr,

@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crosscut.kernels.launch import kernel
+
 BLOCK_N = 8
 BLOCK_D = 256
 
 
-@triton.jit
+@kernel
 def move_rows_kernel(
     source_ptr,
     index_ptr,

@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from crosscut.kernels.kept_pairs import KeptPairs
+from crosscut.kernels.launch import kernel
 from crosscut.kernels.softmax_gradient import Tokens
 from crosscut.kernels.tiles import (
     LOG2_E,
@@ -62,7 +63,7 @@ def is_entry_of(dz, d_lse, is_target, entry):
     return (negligible == 0) | is_target
 
 
-@triton.jit
+@kernel
 def pair_gradient_kernel(
     num_rows_ptr,
     hidden_ptr,
@@ -229,7 +230,7 @@ def pair_gradient(
     return found
 
 
-@triton.jit
+@kernel
 def tail_kernel(
     num_rows_ptr,
     vectors_ptr,

@@ -26,16 +26,16 @@ Every row of dH, and every popular row of dC, is written once. Sums are in one o
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from crosscut.kernels.kept_pairs import MOST_POPULAR, KeptPairs
+from crosscut.kernels.launch import kernel
 from crosscut.kernels.softmax_gradient import Tokens
 from crosscut.kernels.tiles import Tiles, column_part, descriptor, dot_tile, num_programs
 
 
-@triton.jit
+@kernel
 def hidden_rows_kernel(
     num_rows_ptr,
     rows_ptr,
@@ -140,7 +140,7 @@ def hidden_rows(
     )
 
 
-@triton.jit
+@kernel
 def popular_rows_kernel(
     num_rows_ptr,
     hidden_ptr,

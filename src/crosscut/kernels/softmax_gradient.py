@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crosscut.kernels.launch import kernel
 from crosscut.kernels.tiles import (
     LOG2_E,
     Tiles,
@@ -98,7 +99,7 @@ def gradient_tile(
     return dz, difference
 
 
-@triton.jit
+@kernel
 def softmax_gradient_kernel(
     num_rows_ptr,
     hidden_ptr,

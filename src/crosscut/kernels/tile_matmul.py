@@ -33,10 +33,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from crosscut.kernels.launch import kernel
 from crosscut.kernels.tiles import Tiles, column_part, descriptor, dot_tile, num_programs
 
 TILE = 128
@@ -50,7 +50,7 @@ class LiveTiles(NamedTuple):
     columns: Tensor  # [M tiles, K tiles] int32; of row i the first ``count[i]`` count
 
 
-@triton.jit
+@kernel
 def live_tiles_kernel(
     alive_ptr, count_ptr, columns_ptr, num_columns, stride_m, stride_k, BLOCK: tl.constexpr
 ):
@@ -78,7 +78,7 @@ def live_tiles(alive: Tensor) -> LiveTiles:
     return live
 
 
-@triton.jit
+@kernel
 def tile_matmul_kernel(
     left_ptr,
     left_desc,

@@ -24,7 +24,7 @@ only where PyTorch's own setting allows it.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -33,6 +33,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from crosscut.kernels import tuned
+from crosscut.kernels.launch import real_device
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -141,8 +144,12 @@ class Head(NamedTuple):
 
 
 def choose_tiles(kernel: Kernel, like: Tensor) -> Tiles:
-    """The tiles of a kernel for operands [.., D] of the dtype and on the device of ``like``."""
-    if like.device.type != "cuda":  # the interpreter: small, so that small inputs have many
+    """The tiles of a kernel for operands [.., D] of the dtype and on the device of ``like``.
+
+    Those of the table, or what ``crosscut tune`` found better on this GPU.
+    """
+    device = real_device(like.device)
+    if device.type != "cuda":  # the interpreter: small, so that small inputs have many
         sizes = {
             Kernel.FILTER: (128, 128, 64),
             Kernel.LIVE_MATMUL: (128, 64, 128),
@@ -155,10 +162,15 @@ def choose_tiles(kernel: Kernel, like: Tensor) -> Tiles:
             block_n=n, block_v=v, block_d=d, num_warps=1, num_stages=1,
             precision="upcast", descriptors=True,
         )  # fmt: skip
-    return table(
-        kernel, like.dtype, _capability(like.device), like.shape[-1],
-        tf32=torch.backends.cuda.matmul.allow_tf32,
-    )  # fmt: skip
+    tf32 = like.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tiles = table(kernel, like.dtype, _capability(device), like.shape[-1], tf32=tf32)
+    sizes = tuned.lookup(device, tuning_key(kernel, like.dtype, tf32, like.shape[-1]))
+    return tiles if sizes is None else replace(tiles, **sizes._asdict())
+
+
+def tuning_key(kernel: Kernel, dtype: torch.dtype, tf32: bool, hidden_size: int) -> tuned.Key:
+    """What a kernel's tuned sizes are found by."""
+    return tuned.Key(kernel.value, str(dtype).removeprefix("torch."), tf32, hidden_size)
 
 
 @functools.cache
@@ -184,9 +196,13 @@ def descriptor(matrix: Tensor, block: tuple[int, int], tiles: Tiles) -> TensorDe
     return TensorDescriptor.from_tensor(matrix, list(block))
 
 
-@functools.cache
 def num_programs(device: torch.device) -> int:
     """Programs that run at once: one a multiprocessor."""
+    return _num_programs(real_device(device))
+
+
+@functools.cache
+def _num_programs(device: torch.device) -> int:
     if device.type != "cuda":
         return 3  # the interpreter; an odd number finds more
     return torch.cuda.get_device_properties(device).multi_processor_count

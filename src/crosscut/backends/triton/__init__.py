@@ -59,12 +59,15 @@ class TritonBackend:
         return None
 
     def forward(self, problem: HeadProblem, *, for_backward: bool) -> Statistics:
+        from crosscut.backends.triton.compile_ahead import compile_ahead
         from crosscut.backends.triton.forward import compute_statistics
 
         statistics = self.forward_like(problem, for_backward=for_backward)
         if not len(problem.labels):
             return statistics
+        needs = Needs(True, True, problem.bias is not None) if for_backward else None
         with _on(problem):
+            compile_ahead(problem, statistics, needs)
             return compute_statistics(problem, statistics)
 
     def forward_like(self, problem: HeadProblem, *, for_backward: bool) -> Statistics:
@@ -94,8 +97,11 @@ class TritonBackend:
         self, problem: HeadProblem, statistics: Statistics, cotangents: Cotangents, needs: Needs
     ) -> Gradients:
         from crosscut.backends.triton.backward import compute_gradients
+        from crosscut.backends.triton.compile_ahead import compile_ahead
 
         with _on(problem):
+            if len(problem.labels):
+                compile_ahead(problem, statistics, needs)
             return compute_gradients(problem, statistics, cotangents, needs)
 
     def sparsity(self, problem: HeadProblem, statistics: Statistics) -> tuple[float, float]:

@@ -49,7 +49,7 @@ def filters_columns(problem: HeadProblem) -> bool:
 
 def block_tokens(problem: HeadProblem) -> int:
     """Tokens that decide together: those of a tile of the forward."""
-    return 128 if problem.hidden.is_cuda else 16
+    return 16 if problem.hidden.is_cpu else 128  # few in the interpreter
 
 
 def token_blocks(problem: HeadProblem) -> int:

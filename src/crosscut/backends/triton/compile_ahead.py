@@ -1,0 +1,79 @@
+"""The first call of a kind compiles all of its kernels together.
+
+They are found by making the call on tensors without data (:mod:`crosscut.kernels.launch`), which
+takes milliseconds. A forward that a backward will follow compiles the backward's too, as if all
+gradients were wanted; where they are not, the backward's first call compiles what it lacks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from crosscut.backends.protocol import Cotangents, HeadProblem, Needs, Statistics
+from crosscut.backends.triton.backward import compute_gradients
+from crosscut.backends.triton.forward import compute_statistics
+from crosscut.kernels.launch import CAN_COMPILE_AHEAD, ahead
+
+_seen: set[Hashable] = set()
+_one_at_a_time = threading.Lock()
+
+
+def compile_ahead(problem: HeadProblem, like: Statistics, needs: Needs | None) -> None:
+    """Compile the kernels of a forward and, given ``needs``, of the backward that follows it.
+
+    Args:
+        problem: the call. Another one that differs in N alone needs no more.
+        like: what its forward returns, by shape and dtype.
+        needs: which gradients are wanted; None for a forward alone.
+    """
+    device = problem.hidden.device
+    if device.type != "cuda" or not CAN_COMPILE_AHEAD:
+        return
+    kind = _kind(problem, needs)
+    if kind in _seen or torch.cuda.is_current_stream_capturing():
+        return
+    with _one_at_a_time:
+        if kind not in _seen:
+            with ahead(device):
+                _call(_without_data(problem), Statistics(*map(_meta, like)), needs)
+            _seen.add(kind)
+
+
+def _call(problem: HeadProblem, like: Statistics, needs: Needs | None) -> None:
+    found = compute_statistics(problem, like)
+    if needs is not None:
+        d_sum = None if problem.logit_weight is None else found.logit_sum
+        cotangents = Cotangents(found.lse, found.target_logit, d_sum, None)
+        compute_gradients(problem, found, cotangents, needs)
+
+
+def _kind(problem: HeadProblem, needs: Needs | None) -> Hashable:
+    """What the kernels that are launched, and their specialisations, depend on."""
+    head = (problem.hidden, problem.classifier, problem.bias, problem.logit_weight)
+    layout = [
+        None if tensor is None else (tensor.dtype, tensor.shape[-1], tensor.stride())
+        for tensor in head
+    ]
+    options, num_classes = problem.options, len(problem.classifier)
+    how = options.policy, options.softcap is None, torch.backends.cuda.matmul.allow_tf32
+    return problem.hidden.device, *layout, num_classes, *how, needs
+
+
+def _without_data(problem: HeadProblem) -> HeadProblem:
+    return replace(
+        problem,
+        hidden=_meta(problem.hidden),
+        classifier=_meta(problem.classifier),
+        bias=None if problem.bias is None else _meta(problem.bias),
+        labels=_meta(problem.labels),
+        logit_weight=None if problem.logit_weight is None else _meta(problem.logit_weight),
+    )
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")

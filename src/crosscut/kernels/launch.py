@@ -1,0 +1,86 @@
+"""Kernels that can be compiled before they are needed, many at a time.
+
+Triton compiles a kernel, and a launcher for it in C, when it is first launched: a call that needs
+twenty waits for them one after the other. Within :func:`ahead` launches only compile, in threads:
+run what launches them once on "meta" tensors, which have shapes and no data, and all of them are
+compiled together.
+
+    with ahead(device):
+        everything(tensors_on_meta)
+    everything(tensors)
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import triton
+
+CAN_COMPILE_AHEAD = (
+    not triton.knobs.runtime.interpret
+    and "ignore_errors" in inspect.signature(triton.AsyncCompileMode).parameters
+)
+"""Since Triton 3.6, and not in its interpreter."""
+
+_CHANGING = ("num_tokens", "num_rows", "num_blocks", "last_phase")
+"""Sizes that follow the number of tokens. Triton would compile a kernel anew for those that are 1,
+for those that 16 divides and for all others: in the middle of a training."""
+
+_device_ahead: ContextVar[torch.device | None] = ContextVar("device_ahead", default=None)
+
+
+def real_device(device: torch.device) -> torch.device:
+    """The device that "meta" tensors stand for, within :func:`ahead`; any other device itself."""
+    return (device.type == "meta" and _device_ahead.get()) or device
+
+
+class _Kernel(triton.JITFunction):
+    """A kernel whose launch only compiles it, within :func:`ahead`."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return functools.partial(self.run, grid=grid, warmup=_device_ahead.get() is not None)
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """``triton.jit`` for what is launched; what kernels call wants no more than that."""
+    if triton.knobs.runtime.interpret:
+        return triton.jit(function)
+    return _Kernel(function, do_not_specialize=_CHANGING)
+
+
+class _Loading(ThreadPoolExecutor):
+    """Compiles in threads, and makes ready for launch what was compiled."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(thread_name_prefix="crosscut-compile")
+        self._device = device
+
+    def submit(self, compile: Any, /, *arguments: Any, **options: Any) -> Future[Any]:
+        def compile_and_load() -> Any:
+            compiled = compile(*arguments, **options)
+            with torch.cuda.device(self._device):
+                compiled.run  # noqa: B018  (makes the launcher and loads the binary)
+            return compiled
+
+        return super().submit(compile_and_load)
+
+
+@contextmanager
+def ahead(device: torch.device) -> Iterator[None]:
+    """Launches of this thread compile for the device and do nothing else; all done at the end.
+
+    What does not compile raises its error when it is launched, not here.
+    """
+    before = _device_ahead.set(device)
+    try:
+        with _Loading(device) as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
+            yield
+    finally:
+        _device_ahead.reset(before)

@@ -1,0 +1,178 @@
+"""The first call of a kind compiles all its kernels together, before it launches any."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import crosscut
+
+pytest.importorskip("triton")
+
+from crosscut.backends.protocol import HeadProblem, Needs, Statistics
+from crosscut.backends.triton import TritonBackend, compile_ahead
+from crosscut.kernels import launch
+from crosscut.options import HeadOptions
+
+KERNELS = sorted(Path(launch.__file__).parent.glob("*.py"))
+NEEDS = Needs(True, True, False)
+
+
+def launched_by(tree: ast.Module) -> Iterator[str]:
+    """Names that are called by subscript, ``name[grid](...)``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+            assert isinstance(node.func.value, ast.Name)
+            yield node.func.value.id
+
+
+def test_whatever_is_launched_can_be_compiled_ahead() -> None:
+    """A launch by plain ``triton.jit`` would run for real, on pointers to nothing."""
+    names: set[str] = set()
+    for file in KERNELS:
+        tree = ast.parse(file.read_text())
+        decorated = {
+            function.name
+            for function in tree.body
+            if isinstance(function, ast.FunctionDef)
+            and [ast.unparse(line) for line in function.decorator_list] == ["kernel"]
+        }
+        assert set(launched_by(tree)) == decorated, file.name
+        names |= decorated
+    assert len(names) > 15
+
+
+def test_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    script = Path(__file__).with_name("compile_ahead.py")
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {line["call"]: line for line in map(json.loads, done.stdout.splitlines())}
+    first = found["auto"]
+    assert {"linear_lse_kernel", "exact_sweep_kernel", "popular_rows_kernel"} <= {*first["kernels"]}
+    assert len({*first["kernels"]}) <= first["compiled"] <= len(first["kernels"])
+    for name in ("auto again", "auto, another N", "auto, one token"):
+        assert found[name]["kernels"] == first["kernels"]
+        assert found[name]["compiled"] == 0
+    assert {*found["exact"]["kernels"]} < {*first["kernels"]}
+    assert found["exact"]["compiled"] == 0
+    assert "pair_gradient_kernel" in found["auto, softcap"]["kernels"]
+    assert "pair_gradient_kernel" not in found["auto, float32"]["kernels"]
+    assert "tile_matmul_kernel" in found["cce"]["kernels"]
+
+
+def problem(num_tokens: int = 512, **options: Any) -> HeadProblem:
+    """On a GPU that need not be here: within FakeTensorMode."""
+    return HeadProblem(
+        hidden=torch.empty(num_tokens, 64, dtype=torch.bfloat16, device="cuda"),
+        classifier=torch.empty(4096, 64, dtype=torch.bfloat16, device="cuda"),
+        bias=None,
+        labels=torch.empty(num_tokens, dtype=torch.int64, device="cuda"),
+        logit_weight=None,
+        options=HeadOptions(**options),
+    )
+
+
+def test_once_for_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[HeadProblem, Statistics, Needs | None]] = []
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def ahead(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+
+    capturing = True
+    monkeypatch.setattr(compile_ahead, "ahead", ahead)
+    monkeypatch.setattr(compile_ahead, "_call", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(compile_ahead, "_seen", set())
+    monkeypatch.setattr(compile_ahead, "CAN_COMPILE_AHEAD", True)  # the tests are interpreted
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+
+    def compile_for(found: HeadProblem, needs: Needs | None) -> int:
+        """How many calls were made on tensors without data."""
+        like = TritonBackend().forward_like(found, for_backward=needs is not None)
+        before = len(calls)
+        compile_ahead.compile_ahead(found, like, needs)
+        return len(calls) - before
+
+    with FakeTensorMode():
+        assert compile_for(problem(), NEEDS) == 0  # into a CUDA graph nothing is compiled
+        capturing = False
+        assert compile_for(problem(), NEEDS) == 1
+        assert compile_for(problem(), NEEDS) == 0
+        assert compile_for(problem(num_tokens=100), NEEDS) == 0
+        assert compile_for(problem(logit_scale=0.5), NEEDS) == 0
+        assert compile_for(problem(), None) == 1
+        assert compile_for(problem(), NEEDS._replace(classifier=False)) == 1
+        assert compile_for(problem(policy="exact"), NEEDS) == 1
+        assert compile_for(problem(softcap=30.0), NEEDS) == 1
+        assert compile_for(problem(softcap=50.0), NEEDS) == 0
+        like = problem().classifier
+        wide = torch.empty_strided((4096, 64), (128, 1), dtype=like.dtype, device="cuda")
+        assert compile_for(replace(problem(), classifier=wide), NEEDS) == 1
+    assert {device.type for device in entered} == {"cuda"}
+    made, like, _ = calls[0]
+    assert made.hidden.device.type == made.classifier.device.type == "meta"
+    assert made.classifier.shape == (4096, 64)
+    assert all(tensor.device.type == "meta" for tensor in like)
+
+
+def test_nothing_is_compiled_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_ahead, "ahead", None)
+    here = HeadProblem(
+        hidden=torch.zeros(4, 8), classifier=torch.zeros(9, 8), bias=None,
+        labels=torch.zeros(4, dtype=torch.int64), logit_weight=None, options=HeadOptions(),
+    )  # fmt: skip
+    like = TritonBackend().forward_like(here, for_backward=True)
+    compile_ahead.compile_ahead(here, like, NEEDS)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_no_launch_compiles_on_a_gpu() -> None:
+    """What a launch needs is what was compiled ahead: dtypes, alignment, tiles and all."""
+    import triton
+
+    at_launch: list[str] = []
+
+    def compiled(**of: Any) -> None:
+        if not of["is_manual_warmup"]:
+            at_launch.append(of["repr"])
+
+    def step(num_tokens: int, **options: Any) -> None:
+        hidden = torch.randn(num_tokens, 256, dtype=torch.bfloat16, device="cuda") * 4
+        labels = torch.randint(8192, (num_tokens,), device="cuda")
+        hidden.requires_grad_()
+        loss = crosscut.linear_cross_entropy(
+            hidden, classifier, labels, backend="triton", **options
+        )
+        loss.backward()
+
+    classifier = torch.randn(8192, 256, dtype=torch.bfloat16, device="cuda").requires_grad_()
+    before = triton.knobs.runtime.jit_post_compile_hook
+    triton.knobs.runtime.jit_post_compile_hook = compiled
+    try:
+        for options in ({}, {"softcap": 30.0}, {"policy": "exact"}, {"policy": "cce"}):
+            for num_tokens in (512, 1000, 1):
+                step(num_tokens, **options)
+        classifier.requires_grad_(False)
+        step(512)
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = before
+    assert at_launch == []
