@@ -35,13 +35,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+NEGLIGIBLE = tl.constexpr(-1e4)  # a log p whose p is 0: stands for -inf, where 0 * inf would be
 
 
 class Kernel(StrEnum):
     """The kernels that work on tiles. What a tile's sizes mean is said where they are launched."""
 
     LSE = "lse"
-    WEIGHTED_LSE = "weighted_lse"  # with a logit sum
+    WEIGHTED_LSE = "weighted_lse"  # with what a sweep finds besides, if 256 classes leave no room
     GRADIENT = "gradient"
     FILTER = "filter"  # the gradient kernel where it also marks 128 x 128 tiles
     MATMUL = "matmul"
