@@ -134,6 +134,7 @@ def choose_tiles(kernel: Kernel, like: Tensor) -> Tiles:
     if like.device.type != "cuda":  # the interpreter: small, so that small inputs have many
         sizes = {
             Kernel.FILTER: (128, 128, 64),
+            Kernel.MATMUL: (16, 64, 16),  # steps within the tokens that a gradient's tile fills
             Kernel.LIVE_MATMUL: (128, 64, 128),
             Kernel.PAIR_MATMUL: (16, 64, 16),
             Kernel.POPULAR_MATMUL: (16, 64, 16),
