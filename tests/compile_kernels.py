@@ -80,7 +80,7 @@ def launch_everything(dtype: torch.dtype, choose: Any) -> None:
     from crosscut.kernels.flags import labels_first
     from crosscut.kernels.indexed_matmul import indexed_matmul
     from crosscut.kernels.kept_rows import KeptRows, kept_rows
-    from crosscut.kernels.linear_lse import linear_lse
+    from crosscut.kernels.linear_lse import Wanted, linear_lse
     from crosscut.kernels.move_rows import move_rows
     from crosscut.kernels.softmax_gradient import HeadChunk, Tokens, softmax_gradient
     from crosscut.kernels.tile_matmul import (
@@ -105,7 +105,7 @@ def launch_everything(dtype: torch.dtype, choose: Any) -> None:
         head = Head(hidden, classifier, b, 1.0, softcap)
         indexed_matmul(head, labels)
         tiles = choose(Kernel.LSE if w is None else Kernel.WEIGHTED_LSE, hidden)
-        linear_lse(head, kept, tiles, logit_weight=w)
+        linear_lse(head, kept, tiles, Wanted(logit_weight=w))
         sums = None if b is None else torch.zeros(v)
         out = SweepOutputs(torch.zeros(n, d), torch.empty_like(classifier), sums)
         tiles = choose(Kernel.GRADIENT, hidden), choose(Kernel.MATMUL, hidden)
@@ -121,16 +121,43 @@ def launch_everything(dtype: torch.dtype, choose: Any) -> None:
             scale=torch.ones(1), out_rows=None if some is None else labels,
         )  # fmt: skip
         add_hidden_gradient(torch.zeros(n, d), dz, classifier, index[:1], some, tiles)
+    for b, softcap in ((None, None), (None, 30.0), (bias, 30.0)):
+        launch_others(Head(hidden, classifier, b, 1.0, softcap), tokens, kept, dz, choose)
     if dtype != torch.float32:
         labels_first(labels, v, 32)
         for softcap in (None, 30.0):
             launch_filtered(Head(hidden, classifier, None, 1.0, softcap), tokens, kept, choose)
 
 
+def launch_others(head: Any, tokens: Any, kept: Any, dz: torch.Tensor, choose: Any) -> None:
+    """Entropy, ranks, and several targets."""
+    from crosscut.kernels.exact_sweep import SweepOutputs, exact_sweep
+    from crosscut.kernels.indexed_matmul import indexed_matmul
+    from crosscut.kernels.linear_lse import Wanted, linear_lse
+
+    hidden = head.hidden
+    n = len(hidden)
+    target = tokens.labels, torch.zeros(n)
+    linear_lse(head, kept, choose(Kernel.LSE, hidden), Wanted(entropy=True))
+    for entropy in (False, True):
+        wanted = Wanted(entropy=entropy, target=target)
+        linear_lse(head, kept, choose(Kernel.WEIGHTED_LSE, hidden), wanted)
+    several = torch.zeros(n, 4, dtype=torch.int64)
+    indexed_matmul(head, several)
+    sums = None if head.bias is None else torch.zeros(len(head.bias))
+    out = SweepOutputs(torch.zeros(n, hidden.shape[1]), torch.empty_like(head.classifier), sums)
+    tiles = choose(Kernel.GRADIENT, hidden), choose(Kernel.MATMUL, hidden)
+    for some in (
+        tokens._replace(vectors=torch.zeros(n, 5)),
+        tokens._replace(labels=several, d_targets=torch.zeros(n, 4)),
+    ):
+        exact_sweep(head, None, some, out, dz, torch.ones(1), *tiles)
+
+
 def launch_filtered(head: Any, tokens: Any, kept: Any, choose: Any) -> None:
     from crosscut.kernels.entry_matmul import classifier_rows, list_entries
     from crosscut.kernels.kept_pairs import keep_labels, kept_pairs
-    from crosscut.kernels.linear_lse import linear_lse
+    from crosscut.kernels.linear_lse import Wanted, linear_lse
     from crosscut.kernels.pair_gradient import pair_gradient, tail_of_tokens
     from crosscut.kernels.pair_matmul import hidden_rows, popular_rows
 
@@ -138,9 +165,18 @@ def launch_filtered(head: Any, tokens: Any, kept: Any, choose: Any) -> None:
     tiles = choose(Kernel.PAIRS, hidden)
     blocks, scale = len(hidden) // tiles.block_n, torch.ones(1)
     mass = torch.zeros(blocks, len(classifier), dtype=torch.bfloat16)
-    for like in (hidden, torch.empty(1, 4096, dtype=hidden.dtype)):
+    wide = torch.empty(1, 4096, dtype=hidden.dtype)  # whose tiles are others
+    entropy = Kernel.MASS_LSE if head.softcap is None else Kernel.WEIGHTED_LSE
+    target = tokens.labels, torch.zeros(len(hidden))
+    for kernel, like, wanted in (
+        (Kernel.MASS_LSE, hidden, None),
+        (Kernel.MASS_LSE, wide, None),
+        (entropy, hidden, Wanted(entropy=True)),
+        (entropy, wide, Wanted(entropy=True)),
+        (Kernel.WEIGHTED_LSE, hidden, Wanted(entropy=True, target=target)),
+    ):
         linear_lse(
-            head, kept, choose(Kernel.MASS_LSE, like), reference=torch.zeros(len(hidden)),
+            head, kept, choose(kernel, like), wanted, reference=torch.zeros(len(hidden)),
             column_mass=mass, drop_below=2.0**-12,
         )  # fmt: skip
     keep_labels(mass, tokens.labels, kept, tiles.block_n)

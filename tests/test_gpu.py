@@ -157,6 +157,132 @@ def test_a_flat_softmax_gets_the_exact_gradient(scale):
         assert torch.equal(ours, exact)
 
 
+def log_prob_and_entropy(
+    input: torch.Tensor, linear_weight: torch.Tensor, target: torch.Tensor, **options
+) -> torch.Tensor:
+    found = crosscut.token_statistics(
+        input, linear_weight, target, entropy=True, ranks=True, backend="triton", **options
+    )
+    assert found.entropy is not None
+    return torch.stack([found.log_prob, found.entropy])
+
+
+def expected_log_prob_and_entropy(
+    input: torch.Tensor, linear_weight: torch.Tensor, target: torch.Tensor, **options
+) -> torch.Tensor:
+    log_p = reference.logits(input, linear_weight, **options).log_softmax(-1)
+    log_prob = log_p.gather(-1, target.clamp_min(0)[:, None])[:, 0]
+    both = torch.stack([log_prob, -(log_p.exp() * log_p).sum(-1)])
+    return torch.where(target == -100, 0, both)
+
+
+def several_targets(head: Head, count: int) -> Head:
+    """Random targets, a fifth ignored, some twice, and a token of none."""
+    target = torch.randint(len(head.linear_weight), (len(head.input), count), device="cuda")
+    target[torch.rand(target.shape, device="cuda") < 0.2] = -100
+    target[0] = -100
+    target[1] = target[1, :1]
+    return replace(head, target=target)
+
+
+def log_probs(
+    input: torch.Tensor, linear_weight: torch.Tensor, target: torch.Tensor, **options
+) -> torch.Tensor:
+    return crosscut.linear_log_probs(input, linear_weight, target, backend="triton", **options)
+
+
+def expected_log_probs(
+    input: torch.Tensor, linear_weight: torch.Tensor, target: torch.Tensor, **options
+) -> torch.Tensor:
+    log_p = reference.logits(input, linear_weight, **options).log_softmax(-1)
+    return torch.where(target == -100, 0, log_p.gather(-1, target.clamp_min(0)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("softcap", [None, 30.0], ids=str)
+@pytest.mark.parametrize("which", ["entropy", "several targets"])
+def test_other_losses_are_as_accurate_as_pytorch(dtype, softcap, which):
+    head = cuda_head((1111, 520, 9001), dtype, ignored=0.2)
+    ours, theirs = log_prob_and_entropy, expected_log_prob_and_entropy
+    if which == "several targets":
+        ours, theirs, head = log_probs, expected_log_probs, several_targets(head, 5)
+
+    def run(loss, head):
+        def without_bias(*tensors, linear_bias=None):
+            assert linear_bias is None
+            return loss(*tensors, softcap=softcap)
+
+        return outcome(without_bias, head)[:3]
+
+    true, expected = run(theirs, head.double()), run(theirs, head)
+    for value, their, exact in zip(run(ours, head), expected, true, strict=True):
+        assert error(value, exact) <= 2 * error(their, exact) + rounding(value.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_ranks(dtype):
+    head = cuda_head((1111, 520, 9001), dtype, ignored=0.2)
+    z = reference.logits(head.input, head.linear_weight)
+    head.target[::3] = z.argmax(1)[::3]
+    kept = head.target != -100
+
+    def expected(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        order = torch.sort(z, dim=-1, descending=True, stable=True).indices
+        return order[:, 0][kept], (order == head.target[:, None]).double().argmax(-1)[kept]
+
+    true = expected(reference.logits(head.input.double(), head.linear_weight.double()))
+    found = crosscut.token_statistics(
+        head.input, head.linear_weight, head.target, ranks=True, backend="triton"
+    )
+    assert found.argmax is not None
+    assert found.target_rank is not None
+    assert found.correct is not None
+    ours = found.argmax[kept], found.target_rank[kept]
+    for value, their, exact in zip(ours, expected(z), true, strict=True):
+        assert (value != exact).sum() <= 2 * (their != exact).sum() + 1
+    assert torch.equal(found.correct[kept], found.argmax[kept] == head.target[kept])
+    assert found.correct[kept].float().mean() > 0.3
+
+
+@pytest.mark.parametrize("which", ["entropy", "several targets"])
+def test_other_losses_give_the_same_bits(which):
+    head, loss = cuda_head((1111, 520, 9001), ignored=0.2), log_prob_and_entropy
+    if which == "several targets":
+        head, loss = several_targets(head, 7), log_probs
+
+    def run() -> tuple[torch.Tensor, ...]:
+        found = outcome(lambda *tensors, linear_bias: loss(*tensors), head)
+        return found.loss, found.d_input, found.d_weight
+
+    first = run()
+    for _ in range(9):
+        assert all(map(torch.equal, first, run()))
+
+
+def test_forward_memory_of_the_other_losses():
+    head = cuda_head((8192, 1024, 64_000))
+    several = several_targets(head, 4)
+
+    @torch.no_grad()
+    def statistics() -> None:
+        crosscut.token_statistics(
+            head.input, head.linear_weight, head.target, entropy=True, ranks=True, backend="triton"
+        )
+
+    @torch.no_grad()
+    def of_several() -> None:
+        log_probs(several.input, several.linear_weight, several.target)
+
+    for run in (statistics, of_several):
+        run()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        assert torch.cuda.max_memory_allocated() - before <= 2**22
+
+
 def test_compiles_in_one_graph():
     head = cuda_head((512, 256, 5000))
     loss = torch.compile(crosscut.linear_cross_entropy, fullgraph=True)
@@ -198,6 +324,32 @@ def test_cuda_graph(policy):
         (loss, hidden.grad, weight.grad), step(other, policy=policy), strict=True
     ):
         assert torch.equal(found, eager)
+
+
+def test_cuda_graph_of_an_entropy():
+    head = cuda_head((700, 128, 3000), ignored=0.1)
+    hidden, weight = (x.clone().requires_grad_() for x in (head.input, head.linear_weight))
+
+    def run() -> torch.Tensor:
+        hidden.grad = weight.grad = None
+        both = log_prob_and_entropy(hidden, weight, head.target)
+        both.sum().backward()
+        return both.detach()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    found = captured.clone(), hidden.grad, weight.grad
+    for value, eager in zip(found, (run(), hidden.grad, weight.grad), strict=True):
+        assert value is not None
+        assert eager is not None
+        assert torch.equal(value, eager)
 
 
 def test_two_streams():

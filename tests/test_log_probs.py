@@ -90,11 +90,6 @@ def entropy(input: Tensor, weight: Tensor, target: Tensor, **options: Any) -> Te
     return found
 
 
-def skip_if_no_entropy(backend: str) -> None:
-    if backend == "triton":
-        pytest.skip("triton: serves no entropy and no ranks")
-
-
 def several_targets(head: Head, count: int) -> Head:
     """Random targets ``[..., count]``: a fifth ignored, one token without any, some twice."""
     gen = torch.Generator().manual_seed(1)
@@ -117,15 +112,44 @@ class TestAgainstTheReference:
         judge(crosscut.linear_log_probs, reference_log_probs, head, backend, **options)
 
     def test_entropy(self, backend, make, dtype, options):
-        skip_if_no_entropy(backend)
-        head = make(((3, 50), 32, 1000), dtype, bias=True, ignored=0.2)
+        shape = ((3, 11), 17, 201) if backend == "triton" else ((3, 50), 32, 1000)
+        head = make(shape, dtype, bias=True, ignored=0.2)
+        skip_if_not_served(backend, head, "auto")
         judge(entropy, reference_entropy, head, backend, **options)
 
     def test_several_targets(self, backend, make, dtype, options):
-        if backend == "triton":
-            pytest.skip("triton: serves one target a token")
-        head = several_targets(make(((3, 11), 17, 201), dtype, bias=True), 4)
+        head = make(((3, 11), 17, 201), dtype, bias=True)
+        skip_if_not_served(backend, head, "auto")
+        head = several_targets(head, 4)
         judge(crosscut.linear_log_probs, reference_log_probs, head, backend, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("policy", ["auto", "filtered", "exact", "cce"])
+class TestLowPrecisionPolicies:
+    """Without a bias and an ignored token here and there: what a language model's head is."""
+
+    @pytest.mark.parametrize("softcap", [None, 20.0], ids=str)
+    def test_log_prob_and_entropy(self, backend, make, dtype, policy, softcap):
+        def theirs(input: Tensor, weight: Tensor, target: Tensor, **options: Any) -> Tensor:
+            entropy = reference_entropy(input, weight, target, **options)
+            return reference_log_probs(input, weight, target, **options) + entropy
+
+        def ours(input: Tensor, weight: Tensor, target: Tensor, **options: Any) -> Tensor:
+            found = crosscut.token_statistics(
+                input, weight, target, entropy=True, ranks=True, **options
+            )
+            assert found.entropy is not None
+            return found.log_prob + found.entropy
+
+        head = make(((2, 20), 40, 190), dtype, ignored=0.2)
+        judge(ours, theirs, head, backend, policy=policy, softcap=softcap)
+
+    def test_several_targets(self, backend, make, dtype, policy):
+        if policy.startswith("cce"):
+            pytest.skip("serves one target a token")
+        head = several_targets(make(((2, 20), 40, 190), dtype), 3)
+        judge(crosscut.linear_log_probs, reference_log_probs, head, backend, policy=policy)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -271,22 +295,37 @@ class TestEntropy:
         assert (entropy(input, weight, target) == 0).all()
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-    def test_classes_that_cannot_be(self, dtype):
+    def test_classes_that_cannot_be(self, backend, make, dtype):
         """A bias of -inf takes a class out of the softmax: whole blocks of them, here."""
-        head = make_head((6, 5, 9000), dtype, bias=True)
+        classes = 1500 if backend == "triton" else 9000
+        first, last = classes // 2, classes - 200
+        head = make((6, 5, classes), dtype, bias=True)
+        skip_if_not_served(backend, head, "auto")
         assert head.linear_bias is not None
         bias = head.linear_bias.clone()
-        bias[:4500] = bias[8000:] = -torch.inf
-        head = replace(head, linear_bias=bias, target=head.target % 3500 + 4500)
-        part = slice(4500, 8000)
+        bias[:first] = bias[last:] = -torch.inf
+        head = replace(head, linear_bias=bias, target=head.target % (last - first) + first)
+        part = slice(first, last)
         alone = Head(
-            head.input, head.linear_weight[part], head.target - 4500, bias[part].contiguous()
+            head.input, head.linear_weight[part], head.target - first, bias[part].contiguous()
         )
-        found, expected = outcome(entropy, head), outcome(entropy, alone)
+        found, expected = (outcome(entropy, some, backend=backend) for some in (head, alone))
         assert error(found.loss, expected.loss) <= rounding(dtype)
         assert error(found.d_input, expected.d_input) <= 4 * rounding(dtype)
         assert error(found.d_weight[part], expected.d_weight) <= 4 * rounding(dtype)
-        assert (found.d_weight[:4500] == 0).all()
+        assert (found.d_weight[:first] == 0).all()
+
+    def test_small_cotangents_in_float16(self, backend, make):
+        """Gradients of logits of 2**-25, below float16's range, of hidden states around 2**9."""
+        head = make((40, 24, 200), torch.float16)
+        head = replace(head, input=2**9 * head.input, linear_weight=head.linear_weight / 2**9)
+
+        def loss(input: Tensor, weight: Tensor, target: Tensor, **options: Any) -> Tensor:
+            return 2.0**-18 * entropy(input, weight, target, **options).sum()
+
+        found = outcome(loss, head, backend=backend).d_weight
+        true = outcome(loss, head.double()).d_weight
+        assert error(found, true) <= 4 * rounding(torch.float16)
 
 
 class TestRanks:
@@ -322,16 +361,59 @@ class TestRanks:
         assert torch.equal(found.correct, (argmax == head.target) & (head.target != -100))
         assert 0 < found.correct.sum() < 1400
 
+    @pytest.mark.parametrize("options", [{}, {"softcap": 30.0}, {"shift": 1}], ids=str)
+    def test_every_backend(self, backend, make, options):
+        """Some targets are the best class, some the second; a third of the tokens are ignored."""
+        head = make(((3, 11), 17, 201), torch.float32, bias=True, ignored=0.3)
+        shift = options.get("shift", 0)
+        z = reference.logits(head.input, head.linear_weight, head.linear_bias)
+        top = shifted(z.topk(2).indices, shift)
+        first = torch.arange(11, device=top.device) % 3 == 0
+        second = torch.arange(11, device=top.device) % 3 == 1
+        target = torch.where(first, top[..., 0], torch.where(second, top[..., 1], head.target))
+        head = replace(head, target=torch.where(head.target == -100, -100, target))
+        found = crosscut.token_statistics(
+            head.input, head.linear_weight, head.target, linear_bias=head.linear_bias,
+            entropy=True, ranks=True, backend=backend, **options,
+        )  # fmt: skip
+        part = replace(
+            head, input=head.input[:, : 11 - shift], target=head.target[:, shift:]
+        ).double()
+        softcap = options.get("softcap")
+        argmax, rank = self.expected(part, softcap=softcap)
+        assert found.argmax is not None
+        assert found.target_rank is not None
+        assert torch.equal(found.argmax[:, shift:], argmax)
+        assert torch.equal(found.target_rank[:, shift:], rank)
+        assert {0, 1} < set(rank[part.target != -100].tolist())
+        assert (found.argmax[:, :shift] == -1).all()
+        assert (found.target_rank[:, :shift] == 201).all()
+
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_ties_go_to_the_first_class(self, dtype):
+    def test_ties_go_to_the_first_class(self, backend, device, dtype):
         """A head of zeros predicts class 0 everywhere; it does not get everything right."""
-        weight = torch.zeros(5000, 4, dtype=dtype)
-        target = torch.tensor([0, 1, 4999, 17])
-        found = crosscut.token_statistics(torch.ones(4, 4, dtype=dtype), weight, target, ranks=True)
+        weight = torch.zeros(2000, 4, dtype=dtype, device=device)
+        target = torch.tensor([0, 1, 1999, 17], device=device)
+        head = Head(torch.ones(4, 4, dtype=dtype, device=device), weight, target)
+        skip_if_not_served(backend, head, "auto")
+        found = crosscut.token_statistics(head.input, weight, target, ranks=True, backend=backend)
         assert found.argmax is not None
         assert found.argmax.tolist() == [0, 0, 0, 0]
         assert found.target_rank is not None
         assert torch.equal(found.target_rank, target)
+
+    def test_a_single_class(self, backend, device):
+        ones = torch.ones(2, 3, device=device)
+        target = torch.tensor([0, -100], device=device)
+        found = crosscut.token_statistics(
+            ones, ones[:1], target, ranks=True, entropy=True, backend=backend
+        )
+        assert found.argmax is not None
+        assert found.target_rank is not None
+        assert found.entropy is not None
+        assert found.argmax.tolist() == [0, -1]
+        assert found.target_rank.tolist() == [0, 1]
+        assert found.entropy.tolist() == [0, 0]
 
     def test_shift(self):
         head = make_head(((2, 6), 4, 9))

@@ -135,6 +135,28 @@ def test_entries_that_do_not_fit_get_the_exact_gradient(monkeypatch, drop_below)
         assert torch.equal(auto, exact)
 
 
+def test_an_entropy_that_is_only_looked_at_keeps_the_filter(drop_below):
+    drop_below(0.5)
+    head = peaked((50, 48, 190))
+
+    def loss(*tensors, which: str, **options) -> torch.Tensor:
+        return getattr(
+            crosscut.token_statistics(*tensors, entropy=True, ranks=True, **options), which
+        )
+
+    looked_at, differentiated = (
+        outcome(loss, head, which=which, backend="triton", policy="filtered").d_weight
+        for which in ("log_prob", "entropy")
+    )
+    plain, exact = (
+        outcome(crosscut.linear_log_probs, head, backend="triton", policy=policy).d_weight
+        for policy in ("filtered", "exact")
+    )
+    assert 2 * rounding(torch.bfloat16) < error(looked_at, exact) <= 2 * error(plain, exact)
+    true = outcome(loss, head.double(), which="entropy", backend="blocks").d_weight
+    assert error(differentiated, true) <= 2 * rounding(torch.bfloat16)
+
+
 @pytest.mark.parametrize("frozen", ["input", "linear_weight"])
 def test_a_frozen_side_changes_nothing_of_the_other(frozen):
     head = peaked((40, 32, 150))

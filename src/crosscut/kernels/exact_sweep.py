@@ -58,6 +58,7 @@ def exact_sweep_kernel(
     hidden_right_desc,
     labels_ptr,
     vectors_ptr,
+    d_targets_ptr,
     classifier_ptr,
     classifier_desc,
     classifier_right_desc,
@@ -74,6 +75,7 @@ def exact_sweep_kernel(
     first_phase,
     last_phase,
     num_tokens,
+    num_targets,
     num_classes,
     width,
     hidden_size,
@@ -82,6 +84,7 @@ def exact_sweep_kernel(
     logit_scale,
     softcap,
     most_tiles,
+    VECTORS: tl.constexpr,
     GRADIENT: tl.constexpr,
     MATMUL: tl.constexpr,
     LIVE_TILE: tl.constexpr,
@@ -93,10 +96,10 @@ def exact_sweep_kernel(
         end = tl.minimum(begin + width, num_classes)
         if phase % 2 == 0:
             softmax_gradient_kernel(
-                num_rows_ptr, hidden_ptr, hidden_desc, labels_ptr, vectors_ptr, classifier_ptr,
-                classifier_desc, bias_ptr, logit_weight_ptr, dz_ptr, None, num_tokens, 0, begin,
-                end, hidden_size, stride_v, stride_d, width, logit_scale, softcap, most_tiles,
-                GRADIENT,
+                num_rows_ptr, hidden_ptr, hidden_desc, labels_ptr, vectors_ptr, d_targets_ptr,
+                classifier_ptr, classifier_desc, bias_ptr, logit_weight_ptr, dz_ptr, None,
+                num_tokens, num_targets, 0, begin, end, hidden_size, stride_v, stride_d, width,
+                logit_scale, softcap, most_tiles, VECTORS, GRADIENT,
             )  # fmt: skip
         else:
             if d_hidden_ptr is not None:
@@ -164,6 +167,7 @@ def exact_sweep(
             descriptor(tokens.hidden, right, matmul),
             tokens.labels,
             tokens.vectors,
+            tokens.d_targets,
             classifier,
             descriptor(classifier, (gradient.block_v, gradient.block_d), gradient),
             descriptor(classifier, right, matmul),
@@ -178,6 +182,7 @@ def exact_sweep(
             first,
             phases if together else first + 1,
             len(hidden),
+            tokens.labels.shape[1:].numel(),
             len(classifier),
             width,
             hidden.shape[1],
@@ -185,6 +190,7 @@ def exact_sweep(
             logit_scale,
             softcap,
             tiles_in_group(tokens.hidden, gradient),
+            VECTORS=tokens.vectors.shape[1],
             GRADIENT=gradient.constants,
             MATMUL=matmul.constants,
             LIVE_TILE=TILE,

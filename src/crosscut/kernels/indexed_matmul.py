@@ -2,12 +2,13 @@
 
     target_logit[n] = softcap(logit_scale * H[n] . C[y_n] + bias[y_n])
 
-Program i owns tokens BLOCK_N i to BLOCK_N (i + 1) and walks over D:
+or, of K labels a token, ``target_logit[n, k]`` with ``y_nk``. Program i owns labels BLOCK_N i to
+BLOCK_N (i + 1) and walks over D:
 
     H [BLOCK_N, D]     ->->->
     C[y] [BLOCK_N, D]  ->->->      sum of products   [BLOCK_N]
 
-2ND flop, two rows read a token, 4N bytes written, no workspace. Products and sums in float32. A
+2NKD flop, two rows read a label, 4NK bytes written, no workspace. Products and sums in float32. A
 label outside of [0, V) gets 0: one that is ignored, or a class of another vocabulary shard.
 """
 
@@ -32,7 +33,8 @@ def indexed_matmul_kernel(
     bias_ptr,
     labels_ptr,
     target_logit_ptr,
-    num_tokens,
+    num_labels,
+    num_targets,
     num_classes,
     hidden_size,
     stride_v,
@@ -42,10 +44,10 @@ def indexed_matmul_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    tokens = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    labels = tl.load(labels_ptr + tokens, mask=tokens < num_tokens, other=-1)
+    places = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    labels = tl.load(labels_ptr + places, mask=places < num_labels, other=-1)
     known = (labels >= 0) & (labels < num_classes)
-    hidden_rows = hidden_ptr + tokens[:, None].to(tl.int64) * hidden_size
+    hidden_rows = hidden_ptr + (places // num_targets)[:, None].to(tl.int64) * hidden_size
     classifier_rows = classifier_ptr + labels[:, None].to(tl.int64) * stride_v
 
     total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -59,21 +61,23 @@ def indexed_matmul_kernel(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + labels, mask=known, other=0.0).to(tl.float32)
     z = logits_of(tl.sum(total, 1), bias, logit_scale, softcap)
-    tl.store(target_logit_ptr + tokens, tl.where(known, z, 0.0), mask=tokens < num_tokens)
+    tl.store(target_logit_ptr + places, tl.where(known, z, 0.0), mask=places < num_labels)
 
 
 def indexed_matmul(head: Head, labels: Tensor) -> Tensor:
-    """``target_logit`` [N] float32, 0 where the label is no class."""
+    """``target_logit`` float32 for labels [N] or [N, K], contiguous; 0 where one is no class."""
     hidden, classifier = head.hidden, head.classifier
-    target_logit = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    grid = (triton.cdiv(len(hidden), BLOCK_N),)
+    target_logit = torch.empty_like(labels, dtype=torch.float32)
+    grid = (triton.cdiv(labels.numel(), BLOCK_N),)
     indexed_matmul_kernel[grid](
         hidden,
         classifier,
         head.bias,
         labels,
         target_logit,
-        *(len(hidden), len(classifier), hidden.shape[1]),
+        labels.numel(),
+        labels.shape[1:].numel(),
+        *classifier.shape,
         *classifier.stride(),
         head.logit_scale,
         head.softcap,

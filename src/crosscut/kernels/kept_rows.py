@@ -47,8 +47,13 @@ def kept_rows_kernel(labels_ptr, count_ptr, rows_ptr, place_ptr, num_tokens, BLO
         tl.store(rows_ptr + places, -1, mask=places < num_tokens)
 
 
+def kept_tokens(labels: Tensor) -> KeptRows:
+    """The tokens of ``labels`` [N] or [N, K] int64 that have one >= 0."""
+    return kept_rows((labels if labels.dim() == 1 else labels.amax(1)).contiguous())
+
+
 def kept_rows(labels: Tensor) -> KeptRows:
-    """The rows of ``labels`` [N] int64 that are >= 0."""
+    """The rows of ``labels`` [N] int64, contiguous, that are >= 0."""
 
     def new(size: int) -> Tensor:
         return torch.empty(size, dtype=torch.int32, device=labels.device)

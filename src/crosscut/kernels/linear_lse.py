@@ -2,8 +2,13 @@
 
     lse[n] = log sum_v exp z[n, v]          z = softcap(logit_scale * H C^T + bias)
 
-and, where ``logit_weight`` is given, ``logit_sum[n] = sum_v logit_weight[v] z[n, v]``. Logits are
-made tile by tile in registers, reduced to a running (max, sum) a token, and dropped.
+and what else is asked for:
+
+    logit_sum[n] = sum_v logit_weight[v] z[n, v]
+    entropy[n]   = -sum_v p log p        p = exp(z - lse)
+    rank[n]      = number of classes ahead of the token's label, and the best class but that
+
+Logits are made tile by tile in registers, reduced to a running (max, sum) a token, and dropped.
 
 **Who owns what.** As many programs as run at once. Token tiles are worked on in groups whose hidden
 states fit in the L2 cache. Of P programs and G tiles in a group, P // G work on each tile: each on
@@ -33,6 +38,14 @@ mass is taken relative to the larger of its running value and a lower bound give
 of those that reach ``drop_below``. With a softcap every exponential counts times its slope,
 ``1 - (z / softcap)^2``, as in the gradient.
 
+**Entropy.** ``W = sum exp(z - max) (z - max)`` runs along with ``S = sum exp(z - max)``, and in the
+end the entropy is ``log S - W / S``. When the maximum moves up by d, ``W`` becomes
+``(W - d S) exp(-d)``.
+
+**Ranks.** A class is ahead of the label where its logit is higher than the target logit, or equal
+and its index lower. The target logit is the given one, that of the indexed matmul; the label's own
+place in a tile, which may have rounded otherwise, is not looked at.
+
 **Numerics.** Sums, maxima and exponentials in float32. A column of -inf adds nothing;
 a NaN reaches the result.
 """
@@ -50,6 +63,7 @@ from crosscut.kernels.kept_rows import KeptRows
 from crosscut.kernels.launch import kernel
 from crosscut.kernels.tiles import (
     LOG2_E,
+    NEGLIGIBLE,
     Head,
     Tiles,
     column_part,
@@ -101,6 +115,8 @@ def sweep_slice(
     rows,  # [BLOCK_N]
     first_row,
     reference,  # [BLOCK_N], for column masses; inf for no token
+    label,  # [BLOCK_N], for ranks
+    target_logit,  # [BLOCK_N], for ranks
     first_tile,
     last_tile,
     num_classes,
@@ -110,23 +126,33 @@ def sweep_slice(
     logit_scale,
     softcap,
     drop_below,
+    ENTROPY: tl.constexpr,
     GATHER: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Sums over some class tiles, [BLOCK_N] each.
 
-    ``max z``, ``sum exp(z - max)``, ``sum logit_weight z``, ``sum slope exp(z - max)``.
+    ``max z``, ``sum exp(z - max)``, ``sum logit_weight z``, ``sum slope exp(z - max)``,
+    ``sum exp(z - max) (z - max)``, the number of classes ahead of the label, and of the classes but
+    the label the highest logit and the first that has it.
     """
     BLOCK_N: tl.constexpr = TILE[0]
     BLOCK_V: tl.constexpr = TILE[1]
     simple: tl.constexpr = bias_ptr is None and softcap is None and logit_weight_ptr is None
-    PARTS: tl.constexpr = 2 if simple else 4
+    # Of the whole product, halves or quarters: for which of them there are registers, was tried.
+    ALONE: tl.constexpr = target_logit is None and not (ENTROPY and column_mass_ptr is not None)
+    FEW: tl.constexpr = ENTROPY and bias_ptr is None and logit_weight_ptr is None
+    PARTS: tl.constexpr = 2 if ALONE and (simple or FEW) else 4
     PART: tl.constexpr = BLOCK_V // PARTS
     SLOPED: tl.constexpr = column_mass_ptr is not None and softcap is not None
     highest = tl.full((BLOCK_N,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)  # of exp(z - highest)
     logit_sum = tl.zeros((BLOCK_N,), tl.float32)
     sloped_total = tl.zeros((BLOCK_N,), tl.float32)
+    weighted_total = tl.zeros((BLOCK_N,), tl.float32)
+    rank = tl.zeros((BLOCK_N,), tl.int32)
+    best_logit = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+    best_class = tl.zeros((BLOCK_N,), tl.int32)
     for tile in range(first_tile, last_tile):
         product = product_tile(
             hidden_ptr, hidden_desc, classifier_ptr, classifier_desc, rows, first_row,
@@ -154,10 +180,24 @@ def sweep_slice(
                 slope = 1 - capped * capped
             if first_class + PART > num_classes:
                 z = tl.where((classes < num_classes)[None, :], z, -float("inf"))
+            if target_logit is not None:
+                is_label = classes[None, :] == label[:, None]
+                before = classes[None, :] < label[:, None]
+                ahead = tl.where(before, z >= target_logit[:, None], z > target_logit[:, None])
+                rank += tl.sum(tl.where(is_label, 0, ahead.to(tl.int32)), 1)
+                others = tl.where(is_label, -float("inf"), z)
+                best = tl.max(others, 1)
+                place = tl.min(tl.where(others == best[:, None], classes[None, :], num_classes), 1)
+                best_class = tl.where(best > best_logit, place, best_class)
+                best_logit = tl.maximum(best_logit, best)
             higher = tl.maximum(highest, tl.max(z, 1))
             highest_or_0 = tl.where(higher == -float("inf"), 0.0, higher)
             rescale = tl.exp2((highest - highest_or_0) * LOG2_E)
             p = tl.exp2((z - highest_or_0[:, None]) * LOG2_E)
+            if ENTROPY:
+                weighted_total += total * tl.maximum(highest - highest_or_0, NEGLIGIBLE)
+                weighted = p * tl.maximum(z - highest_or_0[:, None], NEGLIGIBLE)
+                weighted_total = weighted_total * rescale + tl.sum(weighted, 1)
             total = total * rescale + tl.sum(p, 1)
             highest = higher
             if column_mass_ptr is not None:
@@ -169,7 +209,8 @@ def sweep_slice(
                 mass = tl.sum(p * share[:, None], 0)
                 mass = tl.where(mass < 1, mass, KEPT).to(column_mass_ptr.dtype.element_ty)
                 tl.store(column_mass_ptr + classes, mass, mask=classes < num_classes)
-    return highest, total, logit_sum, sloped_total
+    ranked = rank, best_logit, best_class
+    return highest, total, logit_sum, sloped_total, weighted_total, ranked
 
 
 @kernel
@@ -183,10 +224,14 @@ def linear_lse_kernel(
     num_rows_ptr,
     rows_ptr,
     reference_ptr,
+    labels_ptr,
+    target_logit_ptr,
     slice_highest_ptr,
     slice_total_ptr,
     slice_sum_ptr,
     slice_sloped_ptr,
+    slice_weighted_ptr,
+    slice_ranks,  # (rank, best_logit, best_class) pointers, or None
     column_mass_ptr,
     num_classes,
     hidden_size,
@@ -218,23 +263,26 @@ def linear_lse_kernel(
         end = tl.minimum(tl.minimum(first + each, group) + start, token_tiles)
         for tile in range(start + first, end):
             rows, valid, first_row, no_gap = load_rows(rows_ptr, tile, num_rows, BLOCK_N)
-            masses, reference = None, None
+            masses, reference, label, target_logit = None, None, None, None
             if column_mass_ptr is not None:
                 masses = column_mass_ptr + tile * tl.cast(num_classes, tl.int64)
                 reference = tl.load(reference_ptr + rows, mask=valid, other=float("inf"))
+            if target_logit_ptr is not None:
+                label = tl.load(labels_ptr + rows).to(tl.int32)
+                target_logit = tl.load(target_logit_ptr + rows)
             if hidden_desc is not None and no_gap:
-                highest, total, logit_sum, sloped_total = sweep_slice(
+                highest, total, logit_sum, sloped_total, weighted_total, ranked = sweep_slice(
                     hidden_ptr, hidden_desc, classifier_ptr, classifier_desc, bias_ptr,
-                    logit_weight_ptr, masses, rows, first_row, reference, first_tile, last_tile,
-                    num_classes, hidden_size, stride_v, stride_d, logit_scale, softcap, drop_below,
-                    False, TILE,
+                    logit_weight_ptr, masses, rows, first_row, reference, label, target_logit,
+                    first_tile, last_tile, num_classes, hidden_size, stride_v, stride_d,
+                    logit_scale, softcap, drop_below, slice_weighted_ptr is not None, False, TILE,
                 )  # fmt: skip
             else:
-                highest, total, logit_sum, sloped_total = sweep_slice(
+                highest, total, logit_sum, sloped_total, weighted_total, ranked = sweep_slice(
                     hidden_ptr, hidden_desc, classifier_ptr, classifier_desc, bias_ptr,
-                    logit_weight_ptr, masses, rows, first_row, reference, first_tile, last_tile,
-                    num_classes, hidden_size, stride_v, stride_d, logit_scale, softcap, drop_below,
-                    True, TILE,
+                    logit_weight_ptr, masses, rows, first_row, reference, label, target_logit,
+                    first_tile, last_tile, num_classes, hidden_size, stride_v, stride_d,
+                    logit_scale, softcap, drop_below, slice_weighted_ptr is not None, True, TILE,
                 )  # fmt: skip
             place = (tile * BLOCK_N + tl.arange(0, BLOCK_N)) * (wide + has_last) + my_slice
             tl.store(slice_highest_ptr + place, highest, mask=valid)
@@ -243,6 +291,11 @@ def linear_lse_kernel(
                 tl.store(slice_sum_ptr + place, logit_sum, mask=valid)
             if slice_sloped_ptr is not None:
                 tl.store(slice_sloped_ptr + place, sloped_total, mask=valid)
+            if slice_weighted_ptr is not None:
+                tl.store(slice_weighted_ptr + place, weighted_total, mask=valid)
+            if slice_ranks is not None:
+                for i in tl.static_range(3):
+                    tl.store(slice_ranks[i] + place, ranked[i], mask=valid)
 
 
 @kernel
@@ -251,12 +304,16 @@ def combine_slices_kernel(
     slice_total_ptr,
     slice_sum_ptr,
     slice_sloped_ptr,
+    slice_weighted_ptr,
+    slice_ranks,
     num_rows_ptr,
     rows_ptr,
     highest_ptr,
     total_ptr,
     logit_sum_ptr,
     slope_mean_ptr,
+    distance_mean_ptr,
+    ranks,  # (rank, best_class) pointers, or None
     num_classes,
     programs,
     most_tiles,
@@ -276,12 +333,21 @@ def combine_slices_kernel(
         total = tl.zeros((BLOCK_N,), tl.float32)
         logit_sum = tl.zeros((BLOCK_N,), tl.float32)
         sloped = tl.zeros((BLOCK_N,), tl.float32)
+        weighted = tl.zeros((BLOCK_N,), tl.float32)
+        rank = tl.zeros((BLOCK_N,), tl.int32)
+        best_logit = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+        best_class = tl.zeros((BLOCK_N,), tl.int32)
         for index in range(slices):
             slice_highest = tl.load(slice_highest_ptr + place + index, mask=valid, other=0.0)
             slice_total = tl.load(slice_total_ptr + place + index, mask=valid, other=0.0)
             higher = tl.maximum(highest, slice_highest)
             reference = tl.where(higher == -float("inf"), 0.0, higher)
             old, new = tl.exp(highest - reference), tl.exp(slice_highest - reference)
+            if slice_weighted_ptr is not None:
+                slice_weighted = tl.load(slice_weighted_ptr + place + index, mask=valid, other=0.0)
+                weighted += total * tl.maximum(highest - reference, NEGLIGIBLE)
+                slice_weighted += slice_total * tl.maximum(slice_highest - reference, NEGLIGIBLE)
+                weighted = weighted * old + slice_weighted * new
             total = total * old + slice_total * new
             highest = higher
             if slice_sum_ptr is not None:
@@ -289,44 +355,67 @@ def combine_slices_kernel(
             if slice_sloped_ptr is not None:
                 slice_sloped = tl.load(slice_sloped_ptr + place + index, mask=valid, other=0.0)
                 sloped = sloped * old + slice_sloped * new
+            if slice_ranks is not None:
+                rank += tl.load(slice_ranks[0] + place + index, mask=valid, other=0)
+                slice_best = tl.load(slice_ranks[1] + place + index, mask=valid, other=0.0)
+                slice_class = tl.load(slice_ranks[2] + place + index, mask=valid, other=0)
+                best_class = tl.where(slice_best > best_logit, slice_class, best_class)
+                best_logit = tl.maximum(best_logit, slice_best)
         tl.store(highest_ptr + rows, highest, mask=valid)
         tl.store(total_ptr + rows, total, mask=valid)
         if logit_sum_ptr is not None:
             tl.store(logit_sum_ptr + rows, logit_sum, mask=valid)
         if slope_mean_ptr is not None:
             tl.store(slope_mean_ptr + rows, sloped / tl.where(valid, total, 1.0), mask=valid)
+        if distance_mean_ptr is not None:
+            tl.store(distance_mean_ptr + rows, weighted / tl.where(valid, total, 1.0), mask=valid)
+        if ranks is not None:
+            tl.store(ranks[0] + rows, rank, mask=valid)
+            tl.store(ranks[1] + rows, best_class, mask=valid)
+
+
+class Wanted(NamedTuple):
+    """What a sweep is to find beside the log-sum-exp."""
+
+    logit_weight: Tensor | None = None  # [V] float32
+    entropy: bool = False
+    target: tuple[Tensor, Tensor] | None = None  # for ranks: labels [N], their logits [N] float32
 
 
 class LinearLse(NamedTuple):
-    """What a sweep finds, float32; 0 at rows left out."""
+    """What a sweep finds, float32 unless said otherwise; 0 at rows left out."""
 
     lse: Tensor  # [N]
-    logit_sum: Tensor | None  # [N]
-    slope_mean: Tensor | None  # [N], ``sum_v slope p``
+    logit_sum: Tensor | None = None  # [N]
+    slope_mean: Tensor | None = None  # [N], ``sum_v slope p``
+    entropy: Tensor | None = None  # [N]
+    rank: Tensor | None = None  # [N] int32
+    best_class: Tensor | None = None  # [N] int32, the first of all but the label
 
 
 def linear_lse(
     head: Head,
     kept: KeptRows,
     tiles: Tiles,
+    wanted: Wanted | None = None,
     *,
-    logit_weight: Tensor | None = None,
     column_mass: Tensor | None = None,
     reference: Tensor | None = None,
     drop_below: float = 1.0,
 ) -> LinearLse:
-    """``lse``, and ``logit_sum`` given ``logit_weight``; fills ``column_mass``.
+    """``lse`` and what is ``wanted``; fills ``column_mass``.
 
     Args:
         head: the head, with contiguous hidden states.
         kept: the rows that take part.
         tiles: BLOCK_N tokens x BLOCK_V classes, in steps of BLOCK_D dimensions.
-        logit_weight: [V] float32 or None.
+        wanted: what else to find; nothing if None.
         column_mass: [token tiles, V], any float dtype, contiguous, or None; for each tile of
             BLOCK_N kept rows ``sum_n slope p / drop_below``, or KEPT from 1 on.
         reference: [N] float32, a lower bound of ``lse``; needed with ``column_mass``.
         drop_below: see ``column_mass``.
     """
+    logit_weight, entropy, target = wanted or Wanted()
     hidden, classifier = head.hidden, head.classifier
     num_tokens, num_classes = len(hidden), len(classifier)
     programs = tiles.programs * num_programs(hidden.device)
@@ -335,13 +424,18 @@ def linear_lse(
     most_groups = min(triton.cdiv(token_tiles, most_tiles) + MORE_GROUPS.value, token_tiles)
     slots = tiles.block_n * (most_groups * programs + token_tiles)  # for any number of rows
 
-    def new(size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.float32, device=hidden.device)
+    def new(size: int, value: float | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        empty = torch.empty(size, dtype=dtype, device=hidden.device)
+        return empty if value is None else empty.fill_(value)
 
     sloped = column_mass is not None and head.softcap is not None
     slice_highest, slice_total = new(slots), new(slots)
     slice_sum = None if logit_weight is None else new(slots)
     slice_sloped = new(slots) if sloped else None
+    slice_weighted = new(slots) if entropy else None
+    slice_ranks = None
+    if target is not None:
+        slice_ranks = (new(slots, dtype=torch.int32), new(slots), new(slots, dtype=torch.int32))
     linear_lse_kernel[(programs,)](
         hidden,
         descriptor(hidden, (tiles.block_n, tiles.block_d), tiles),
@@ -352,10 +446,13 @@ def linear_lse(
         kept.count,
         kept.rows,
         reference,
+        *(target or (None, None)),
         slice_highest,
         slice_total,
         slice_sum,
         slice_sloped,
+        slice_weighted,
+        slice_ranks,
         column_mass,
         num_classes,
         hidden.shape[1],
@@ -368,13 +465,22 @@ def linear_lse(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
-    highest, total = new(num_tokens).zero_(), new(num_tokens).fill_(1.0)
-    logit_sum = None if logit_weight is None else new(num_tokens).zero_()
-    slope_mean = new(num_tokens).zero_() if sloped else None
+    highest, total = new(num_tokens, 0), new(num_tokens, 1)
+    logit_sum = None if logit_weight is None else new(num_tokens, 0)
+    slope_mean = new(num_tokens, 0) if sloped else None
+    distance_mean = new(num_tokens, 0) if entropy else None
+    ranks = None
+    if target is not None:
+        ranks = (new(num_tokens, 0, torch.int32), new(num_tokens, 0, torch.int32))
     combine_slices_kernel[(token_tiles,)](
-        slice_highest, slice_total, slice_sum, slice_sloped, kept.count, kept.rows,
-        highest, total, logit_sum, slope_mean, num_classes, programs, most_tiles,
+        slice_highest, slice_total, slice_sum, slice_sloped, slice_weighted, slice_ranks,
+        kept.count, kept.rows, highest, total, logit_sum, slope_mean, distance_mean, ranks,
+        num_classes, programs, most_tiles,
         BLOCK_N=tiles.block_n, BLOCK_V=tiles.block_v, num_warps=4,
     )  # fmt: skip
     # PyTorch's logarithm is more accurate than a kernel's, and every gradient has its error.
-    return LinearLse(highest + total.log(), logit_sum, slope_mean)
+    log_total = total.log()
+    found = LinearLse(highest + log_total, logit_sum, slope_mean)
+    if distance_mean is not None:
+        found = found._replace(entropy=(log_total - distance_mean).clamp_min(0))
+    return found if ranks is None else found._replace(rank=ranks[0], best_class=ranks[1])

@@ -4,8 +4,10 @@ With ``p = exp(z - lse)`` and one cotangent a statistic, over the classes of one
 
     dz[n, v] = (d_lse[n] p[n, v] + d_target[n] [v = y_n] + d_sum[n] logit_weight[v]) * slope[n, v]
 
-where ``slope = 1 - (z / softcap)^2``. It is stored in the dtype of H: what the matmuls
-``dH += dz C`` and ``dC = dz^T H`` want. The chunk's logits are made again in registers.
+where ``slope = 1 - (z / softcap)^2``. A cotangent of the entropy makes the factor of p
+``d_lse - d_entropy (entropy + log p)``; several labels a token add their ``d_target`` one after the
+other. It is stored in the dtype of H: what the matmuls ``dH += dz C`` and ``dC = dz^T H`` want. The
+chunk's logits are made again in registers.
 
 **Filter** (section 4.3). Where asked for, tiles of BLOCK_N tokens x FILTER_V classes in which every
 ``|p - onehot|`` is below EPSILON are marked dead; with BLOCK_N = 128 they are the paper's.
@@ -21,7 +23,8 @@ this order, in groups of token tiles whose hidden states fit in the L2 cache:
 
 Tokens here are only those that take part, side by side. Past the last of them a tile is zero.
 
-**Cost.** 2 flop a (token, class, dimension) and 2 bytes written a (token, class).
+**Cost.** 2 flop a (token, class, dimension) and 2 bytes written a (token, class). Each of several
+labels is looked for in every tile: 3 operations a (token, class).
 
 **Numerics.** float32 until the store.
 """
@@ -37,6 +40,7 @@ from torch import Tensor
 from crosscut.kernels.launch import kernel
 from crosscut.kernels.tiles import (
     LOG2_E,
+    NEGLIGIBLE,
     Tiles,
     column_part,
     descriptor,
@@ -55,8 +59,10 @@ class Tokens(NamedTuple):
 
     num_rows: Tensor  # R, [1] int32; where negative, nothing is to be done
     hidden: Tensor  # [N, D]
-    labels: Tensor  # [N] int64, places among the classes of the call
-    vectors: Tensor  # [N, 4] float32: lse, and the cotangents of lse, target_logit, logit_sum
+    labels: Tensor  # [N] or [N, K] int64, places among the classes of the call
+    vectors: Tensor  # [N, 4 or 5] float32: lse, the factor of p, d_target of [N] labels, d_sum;
+    # and that of p log p, where the entropy has a cotangent
+    d_targets: Tensor | None = None  # [N, K] float32, of [N, K] labels
 
 
 class HeadChunk(NamedTuple):
@@ -73,23 +79,41 @@ def gradient_tile(
     z,  # [BLOCK_N, BLOCK_V], products
     bias_ptr,
     logit_weight_ptr,
-    vectors,  # [BLOCK_N, 1] pointers to a token's lse, d_lse, d_target, d_sum
-    target,  # [BLOCK_N], the label's place in the chunk
+    vectors,  # [BLOCK_N, 1] pointers to a token's first of VECTORS
+    target,  # [BLOCK_N], the label's place in the chunk; None where there are several
+    several,  # then pointers [BLOCK_N, 1] to a token's labels and d_targets, K, first_label
     classes,  # [BLOCK_V]
     num_classes,
     logit_scale,
     softcap,
+    VECTORS: tl.constexpr,
 ):
-    """``dz`` and ``|p - onehot|`` [BLOCK_N, BLOCK_V] in float32; any value past the end."""
+    """``dz`` and ``|p - onehot|`` [BLOCK_N, BLOCK_V] in float32; any value past the end.
+
+    Where there are several labels the filter has no say, and the second is p.
+    """
     bias = None
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + classes, mask=classes < num_classes, other=0.0)
         bias = bias.to(tl.float32)[None, :]
     z = logits_of(z, bias, logit_scale, softcap)
-    p = tl.exp2((z - tl.load(vectors)) * LOG2_E)  # the difference first: it rounds less
-    is_target = classes[None, :] == target[:, None]
-    difference = tl.abs(tl.where(is_target, p - 1, p))
-    dz = tl.load(vectors + 1) * p + tl.where(is_target, tl.load(vectors + 2), 0.0)
+    log_p = z - tl.load(vectors)
+    p = tl.exp2(log_p * LOG2_E)  # the difference first: it rounds less
+    difference = p
+    if target is not None:
+        is_target = classes[None, :] == target[:, None]
+        difference = tl.abs(tl.where(is_target, p - 1, p))
+    factor = tl.load(vectors + 1)
+    if VECTORS == 5:
+        factor += tl.load(vectors + 4) * tl.maximum(log_p, NEGLIGIBLE)
+    dz = factor * p
+    if target is not None:
+        dz += tl.where(is_target, tl.load(vectors + 2), 0.0)
+    else:
+        labels, d_targets, num_targets, first_label = several
+        for k in range(num_targets):
+            is_target = classes[None, :] == (tl.load(labels + k) - first_label).to(tl.int32)
+            dz = tl.where(is_target, dz + tl.load(d_targets + k), dz)
     if logit_weight_ptr is not None:
         weight = tl.load(logit_weight_ptr + classes, mask=classes < num_classes, other=0.0)
         dz += tl.load(vectors + 3) * weight[None, :]
@@ -105,7 +129,8 @@ def softmax_gradient_kernel(
     hidden_ptr,
     hidden_desc,
     labels_ptr,
-    vectors_ptr,  # [N, 4]
+    vectors_ptr,  # [N, VECTORS]
+    d_targets_ptr,  # [N, num_targets]
     classifier_ptr,
     classifier_desc,
     bias_ptr,
@@ -113,6 +138,7 @@ def softmax_gradient_kernel(
     dz_ptr,
     alive_ptr,
     num_tokens,
+    num_targets,
     first_label,
     begin,
     num_classes,
@@ -123,6 +149,7 @@ def softmax_gradient_kernel(
     logit_scale,
     softcap,
     most_tiles,
+    VECTORS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     BLOCK_N: tl.constexpr = TILE[0]
@@ -154,11 +181,17 @@ def softmax_gradient_kernel(
         for part in tl.static_range(PARTS):
             first = first_class + part * (BLOCK_V // PARTS)
             classes = first + tl.arange(0, BLOCK_V // PARTS)
-            target = tl.load(labels_ptr + rows) - first_label
+            target, several = None, None
+            if d_targets_ptr is None:
+                target = tl.load(labels_ptr + rows) - first_label
+            else:
+                first_target = rows[:, None] * num_targets
+                labels, d_targets = labels_ptr + first_target, d_targets_ptr + first_target
+                several = labels, d_targets, num_targets, first_label
             dz, difference = gradient_tile(
                 column_part(product, part, PARTS, BLOCK_N, BLOCK_V),
-                bias_ptr, logit_weight_ptr, vectors_ptr + rows[:, None] * 4, target, classes,
-                num_classes, logit_scale, softcap,
+                bias_ptr, logit_weight_ptr, vectors_ptr + rows[:, None] * VECTORS, target, several,
+                classes, num_classes, logit_scale, softcap, VECTORS,
             )  # fmt: skip
             inside = (tokens < num_rows)[:, None] & (classes < num_classes)[None, :]
             if alive_ptr is not None:
@@ -200,6 +233,7 @@ def softmax_gradient(
         descriptor(tokens.hidden, (tiles.block_n, tiles.block_d), tiles),
         tokens.labels,
         tokens.vectors,
+        tokens.d_targets,
         chunk.classifier,
         descriptor(chunk.classifier, (tiles.block_v, tiles.block_d), tiles),
         chunk.bias,
@@ -207,6 +241,7 @@ def softmax_gradient(
         dz,
         alive,
         len(dz),
+        tokens.labels.shape[1:].numel(),
         chunk.first,
         0,
         *chunk.classifier.shape,
@@ -215,6 +250,7 @@ def softmax_gradient(
         logit_scale,
         softcap,
         tiles_in_group(tokens.hidden, tiles),
+        VECTORS=tokens.vectors.shape[1],
         TILE=tiles.constants,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

@@ -38,6 +38,7 @@ from crosscut.kernels import tuned
 from crosscut.kernels.launch import real_device
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+NEGLIGIBLE = tl.constexpr(-1e4)  # a log p whose p is 0: stands for -inf, where 0 * inf would be
 
 
 class Kernel(StrEnum):
@@ -45,7 +46,7 @@ class Kernel(StrEnum):
 
     LSE = "lse"
     MASS_LSE = "mass_lse"  # with column masses
-    WEIGHTED_LSE = "weighted_lse"  # with a logit sum
+    WEIGHTED_LSE = "weighted_lse"  # with what a sweep finds besides, if 256 classes leave no room
     GRADIENT = "gradient"
     FILTER = "filter"  # the gradient kernel where it also marks 128 x 128 tiles
     MATMUL = "matmul"
@@ -152,6 +153,7 @@ def choose_tiles(kernel: Kernel, like: Tensor) -> Tiles:
     if device.type != "cuda":  # the interpreter: small, so that small inputs have many
         sizes = {
             Kernel.FILTER: (128, 128, 64),
+            Kernel.MATMUL: (16, 64, 16),  # steps within the tokens that a gradient's tile fills
             Kernel.LIVE_MATMUL: (128, 64, 128),
             Kernel.PAIR_MATMUL: (16, 64, 16),
             Kernel.POPULAR_MATMUL: (16, 64, 16),

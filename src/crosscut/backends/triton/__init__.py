@@ -40,10 +40,8 @@ class TritonBackend:
             return "needs Triton, which is not installed"
         if problem.hidden.dtype not in _DTYPES:
             return f"needs bfloat16, float16 or float32, got {problem.hidden.dtype}"
-        if problem.entropy or problem.ranks:
-            return "serves no entropy and no ranks"
-        if problem.labels.dim() > 1:
-            return "serves one target a token"
+        if problem.labels.dim() > 1 and problem.options.policy.startswith("cce"):
+            return f"serves one target a token under policy {problem.options.policy!r}"
         if problem.options.policy == "filtered" and problem.hidden.dtype == torch.float32:
             return "serves policy 'filtered' in bfloat16 and float16 only"
         if device.type != "cuda":
@@ -80,11 +78,11 @@ class TritonBackend:
 
         return Statistics(
             lse=new(num_tokens),
-            target_logit=new(num_tokens),
+            target_logit=new(*problem.labels.shape),
             logit_sum=new(0 if problem.logit_weight is None else num_tokens),
-            entropy=new(0),
-            argmax=problem.labels.new_empty(0),
-            target_rank=problem.labels.new_empty(0),
+            entropy=new(num_tokens if problem.entropy else 0),
+            argmax=problem.labels.new_empty(num_tokens if problem.ranks else 0),
+            target_rank=problem.labels.new_empty(num_tokens if problem.ranks else 0),
             column_mass=problem.hidden.new_empty(
                 token_blocks(problem) if filtered else 0,
                 len(problem.classifier),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from crosscut.backends.protocol import Cotangents, Gradients, HeadProblem, Needs, Statistics
@@ -13,7 +15,10 @@ from crosscut.backends.triton.sweep import side_by_side, sweep
 def compute_gradients(
     problem: HeadProblem, statistics: Statistics, cotangents: Cotangents, needs: Needs
 ) -> Gradients:
-    """The filtered gradient where the forward marked columns, else that of a whole sweep."""
+    """The filtered gradient where the forward marked columns, else that of a whole sweep.
+
+    An entropy's is exact under every policy: ``p log p`` is large where p no longer is.
+    """
     inputs = problem.hidden, problem.classifier, problem.bias
     out = Gradients(*(
         torch.empty_like(value, memory_format=torch.contiguous_format)
@@ -26,7 +31,9 @@ def compute_gradients(
                 gradient.zero_()
         return out
     together = side_by_side(problem, statistics, cotangents, block_n=block_tokens(problem))
-    if len(statistics.column_mass):
+    if cotangents.entropy is not None:
+        sweep(replace(problem, options=replace(problem.options, policy="exact")), together, out)
+    elif len(statistics.column_mass):
         filtered_gradients(problem, statistics, together, out)
     else:
         sweep(problem, together, out)

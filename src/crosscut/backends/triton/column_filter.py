@@ -40,10 +40,11 @@ def filters_columns(problem: HeadProblem) -> bool:
     """Whether the forward is to find out which columns to keep.
 
     In float32 PyTorch's loss is good to 1e-5: no room for a filter. A logit sum has a gradient at
-    every logit, and a bias one in every class: they take the exact path.
+    every logit, and a bias one in every class: they take the exact path. So do several targets a
+    token: the lists of kept pairs know of one.
     """
     low_precision = problem.hidden.dtype in (torch.bfloat16, torch.float16)
-    simple = problem.bias is None and problem.logit_weight is None
+    simple = problem.bias is None and problem.logit_weight is None and problem.labels.dim() == 1
     return low_precision and simple and problem.options.policy in ("auto", "filtered")
 
 

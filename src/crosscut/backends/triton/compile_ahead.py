@@ -48,7 +48,8 @@ def _call(problem: HeadProblem, like: Statistics, needs: Needs | None) -> None:
     found = compute_statistics(problem, like)
     if needs is not None:
         d_sum = None if problem.logit_weight is None else found.logit_sum
-        cotangents = Cotangents(found.lse, found.target_logit, d_sum, None)
+        d_entropy = found.entropy if problem.entropy else None
+        cotangents = Cotangents(found.lse, found.target_logit, d_sum, d_entropy)
         compute_gradients(problem, found, cotangents, needs)
 
 
@@ -61,7 +62,8 @@ def _kind(problem: HeadProblem, needs: Needs | None) -> Hashable:
     ]
     options, num_classes = problem.options, len(problem.classifier)
     how = options.policy, options.softcap is None, torch.backends.cuda.matmul.allow_tf32
-    return problem.hidden.device, *layout, num_classes, *how, needs
+    what = problem.labels.shape[1:], problem.entropy, problem.ranks
+    return problem.hidden.device, *layout, num_classes, *how, *what, needs
 
 
 def _without_data(problem: HeadProblem) -> HeadProblem:

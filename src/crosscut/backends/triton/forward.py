@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from crosscut.backends.protocol import HeadProblem, Statistics
 from crosscut.backends.triton.column_filter import block_tokens, drop_below
 from crosscut.kernels.flags import labels_first
 from crosscut.kernels.indexed_matmul import indexed_matmul
 from crosscut.kernels.kept_pairs import keep_labels
-from crosscut.kernels.kept_rows import kept_rows
-from crosscut.kernels.linear_lse import linear_lse
+from crosscut.kernels.kept_rows import kept_tokens
+from crosscut.kernels.linear_lse import LinearLse, Wanted, linear_lse
 from crosscut.kernels.move_rows import move_rows
 from crosscut.kernels.tiles import Head, Kernel, choose_tiles
 
@@ -30,13 +31,14 @@ def compute_statistics(problem: HeadProblem, like: Statistics) -> Statistics:
     if labels.is_cuda:  # as PyTorch does it there: a late error, of the device
         torch._assert_async((labels < num_classes).all())
     head = Head(hidden, problem.classifier, bias, options.logit_scale, options.softcap)
-    kept = kept_rows(labels)
+    kept = kept_tokens(labels)
     target_logit = indexed_matmul(head, labels)
+    wanted = Wanted(weight, problem.entropy, (labels, target_logit) if problem.ranks else None)
     if not len(like.column_mass):
-        tiles = choose_tiles(Kernel.LSE if weight is None else Kernel.WEIGHTED_LSE, hidden)
-        found = linear_lse(head, kept, tiles, logit_weight=weight)
-        logit_sum = like.logit_sum if found.logit_sum is None else found.logit_sum
-        return like._replace(lse=found.lse, target_logit=target_logit, logit_sum=logit_sum)
+        much = weight is not None or problem.ranks
+        tiles = choose_tiles(Kernel.WEIGHTED_LSE if much else Kernel.LSE, hidden)
+        found = linear_lse(head, kept, tiles, wanted)
+        return _filled(like._replace(target_logit=target_logit), found, labels)
 
     tiles = choose_tiles(Kernel.LSE, hidden)
     reference = target_logit
@@ -48,11 +50,27 @@ def compute_statistics(problem: HeadProblem, like: Statistics) -> Statistics:
             reference, linear_lse(head._replace(classifier=some), kept, tiles).lse
         )
     column_mass = like.column_mass.zero_()
-    tiles = choose_tiles(Kernel.MASS_LSE, hidden)
+    least = problem.ranks or (problem.entropy and options.softcap is not None)
+    tiles = choose_tiles(Kernel.WEIGHTED_LSE if least else Kernel.MASS_LSE, hidden)
     found = linear_lse(
-        head, kept, tiles,
+        head, kept, tiles, wanted,
         column_mass=column_mass, reference=reference, drop_below=drop_below(num_classes),
     )  # fmt: skip
     keep_labels(column_mass, labels, kept, block_tokens(problem))
-    slope_mean = like.tail_mass if found.slope_mean is None else found.slope_mean
-    return like._replace(lse=found.lse, target_logit=target_logit, tail_mass=slope_mean)
+    return _filled(like._replace(target_logit=target_logit), found, labels)
+
+
+def _filled(like: Statistics, found: LinearLse, labels: Tensor) -> Statistics:
+    """The statistics, with what a sweep has found."""
+    vectors = {
+        "lse": found.lse,
+        "logit_sum": found.logit_sum,
+        "entropy": found.entropy,
+        "tail_mass": found.slope_mean,
+    }
+    like = like._replace(**{name: value for name, value in vectors.items() if value is not None})
+    if found.rank is None or found.best_class is None:
+        return like
+    rank, best = found.rank.long(), found.best_class.long()
+    argmax = torch.where(rank == 0, labels.clamp_min(0), best)
+    return like._replace(argmax=argmax, target_rank=rank)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from crosscut.backends.protocol import Cotangents, Gradients, HeadProblem, Statistics
 from crosscut.kernels.exact_sweep import SweepOutputs, exact_sweep
-from crosscut.kernels.kept_rows import KeptRows, kept_rows
+from crosscut.kernels.kept_rows import KeptRows, kept_tokens
 from crosscut.kernels.move_rows import move_rows
 from crosscut.kernels.softmax_gradient import HeadChunk, Tokens, softmax_gradient
 from crosscut.kernels.tile_matmul import (
@@ -207,27 +207,39 @@ def side_by_side(
     float16 has too little range for the gradients of logits: the largest there may be is brought
     near 2**14, and what comes of them is divided by the same power.
     """
-    kept = kept_rows(problem.labels.contiguous())
-    d_lse, d_target, d_sum, _ = cotangents  # of an entropy there is none
-    if d_sum is None:
-        d_sum = torch.zeros_like(d_lse)
-    vectors = torch.stack([statistics.lse, d_lse, d_target, d_sum], 1).float()  # [N, 4]
+    kept = kept_tokens(problem.labels)
+    d_lse, d_target, d_sum, d_entropy = cotangents
+    d_targets, none = None, torch.zeros_like(d_lse)
+    if d_target.dim() > 1:
+        d_target, d_targets = none, d_target.float()
+    vectors = [statistics.lse, d_lse, d_target, none if d_sum is None else d_sum]
+    if d_entropy is not None:
+        vectors[1] = d_lse - d_entropy * statistics.entropy
+        vectors.append(-d_entropy)
+    vectors = torch.stack(vectors, 1).float()  # [N, 4 or 5]
     lift = torch.ones((), device=vectors.device)
     if problem.hidden.dtype == torch.float16:
         largest = vectors[:, 1].abs() + vectors[:, 2].abs()
+        if d_entropy is not None:
+            largest += vectors[:, 4].abs() / math.e  # what -p log p is at most
+        if d_targets is not None:
+            largest += d_targets.abs().sum(1)
         if problem.logit_weight is not None:
             largest += vectors[:, 3].abs() * problem.logit_weight.abs().max()
         lift = torch.exp2(14 - largest.amax().clamp(2.0**-100, 2.0**100).log2().ceil())
         vectors[:, 1:] *= lift
+        d_targets = None if d_targets is None else d_targets * lift
     num_tokens, hidden_size = problem.hidden.shape
     hidden = problem.hidden.new_empty(math.ceil(num_tokens / block_n) * block_n, hidden_size)
     hidden[num_tokens:] = 0
     move_rows(hidden[:num_tokens], problem.hidden, kept.rows)
+    rows = kept.rows.clamp_min(0).long()
     tokens = Tokens(
         kept.count,
         hidden,
-        problem.labels[kept.rows.clamp_min(0).long()],
+        problem.labels[rows],
         move_rows(torch.empty_like(vectors), vectors, kept.rows),
+        None if d_targets is None else d_targets[rows],
     )
     return KeptTokens(kept, tokens, lift, (problem.options.logit_scale / lift).reshape(1))
 
