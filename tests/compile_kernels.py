@@ -134,6 +134,7 @@ def launch_others(head: Any, tokens: Any, kept: Any, dz: torch.Tensor, choose: A
     from crosscut.kernels.exact_sweep import SweepOutputs, exact_sweep
     from crosscut.kernels.indexed_matmul import indexed_matmul
     from crosscut.kernels.linear_lse import Wanted, linear_lse
+    from crosscut.kernels.softmax_gradient import HeadChunk, softmax_gradient
 
     hidden = head.hidden
     n = len(hidden)
@@ -152,6 +153,10 @@ def launch_others(head: Any, tokens: Any, kept: Any, dz: torch.Tensor, choose: A
         tokens._replace(labels=several, d_targets=torch.zeros(n, 4)),
     ):
         exact_sweep(head, None, some, out, dz, torch.ones(1), *tiles)
+        softmax_gradient(
+            dz, some, HeadChunk(0, head.classifier, head.bias, None), tiles[0],
+            logit_scale=1.0, softcap=head.softcap,
+        )  # fmt: skip
 
 
 def launch_filtered(head: Any, tokens: Any, kept: Any, choose: Any) -> None:
