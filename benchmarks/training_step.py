@@ -172,7 +172,7 @@ def measured(loop: str, deferred: bool, pristine: Any, options: Any) -> Iterator
         row = attempt(loop, deferred, pristine, batch, options)
         gc.collect()
         torch.cuda.empty_cache()
-        print(f"{loop}, {deferred=}, batch {batch}:", describe(row), file=sys.stderr, flush=True)
+        print(f"{loop}, {deferred=}, batch {batch}: {describe(row)}", flush=True)
         return row
 
     fits = 0
@@ -212,14 +212,6 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     pristine = load(options.weights)
-    rows = [
-        row
-        for loop in LOOPS
-        for deferred in (False, True)
-        for row in measured(loop, deferred, pristine, options)
-    ]
-    for row in rows:
-        print(f"{row.loop}, deferred={row.deferred}, batch {row.batch}: {describe(row)}")
     result = {
         "command": shlex.join(["python", *sys.argv]),
         "crosscut": crosscut.__version__,
@@ -231,10 +223,13 @@ def main() -> None:
         "model": "Gemma 3 270M in bfloat16, AdamW",
         "length": options.length,
         "warm_up_steps": WARM_UP,
-        "rows": [asdict(row) for row in rows],
+        "rows": [],
     }
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    for loop, deferred in itertools.product(LOOPS, (False, True)):
+        for row in measured(loop, deferred, pristine, options):
+            result["rows"].append(asdict(row))
+            if options.json:
+                options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
