@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -72,12 +73,8 @@ def patch_trl(*, policy: GradientPolicy = "auto", backend: str = "auto") -> Head
 
 
 def unpatch_trl() -> None:
-    """Undo :func:`patch_trl`. Nothing happens where it was not called.
-
-    Raises:
-        ImportError: TRL is not installed.
-    """
-    utils = importlib.import_module("trl.trainer.utils")
+    """Undo :func:`patch_trl`. Nothing happens where it was not called."""
+    utils = sys.modules.get("trl.trainer.utils")
     patched = getattr(utils, _NAME, None)
     if isinstance(patched, _TokenStatistics):
         setattr(utils, _NAME, patched.theirs)
