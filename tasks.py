@@ -72,6 +72,12 @@ def coverage(arguments: list[str]) -> None:
     tool("python", "tests/huggingface_coverage.py", *arguments)
 
 
+def compiled(arguments: list[str]) -> None:
+    """Every causal language model in miniature under torch.compile; some, if named."""
+    setup([])
+    tool("python", "tests/huggingface_compiled.py", *arguments)
+
+
 def lint(_: list[str]) -> None:
     """Style, types, and the direction of imports."""
     setup([])
@@ -100,7 +106,9 @@ def clean(_: list[str]) -> None:
         shutil.rmtree(ROOT / name, ignore_errors=True)
 
 
-TASKS: tuple[Callable[[list[str]], None], ...] = (setup, bench, test, coverage, lint, fix, clean)
+TASKS: tuple[Callable[[list[str]], None], ...] = (
+    setup, bench, test, coverage, compiled, lint, fix, clean,
+)  # fmt: skip
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
     pip install 'crosscut[trl]'
     python examples/sft_lora.py [--steps 2] [--length 128]
 
-TRL reads the head's weight itself and computes its loss in chunks of the vocabulary: training does
-not call the head. What does, evaluation with logits or generation, is deferred.
+TRL reads the head's weight itself and does not call the head, so there is nothing to defer: one
+line has crosscut compute what TRL's trainers ask of it.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def main() -> None:
     texts = gemma3.windows(options.length, 16)
     prompt = [0] * (options.length // 4) + [1] * (options.length - options.length // 4)
     rows = [{"input_ids": ids.tolist(), "completion_mask": prompt} for ids in texts]
-    model = crosscut.defer_logits(gemma3.load())
+    report = crosscut.patch_trl()
     with tempfile.TemporaryDirectory() as directory:
         trainer = trl.SFTTrainer(
-            model,
+            gemma3.load(),
             trl.SFTConfig(
                 output_dir=directory,
                 max_steps=options.steps,
@@ -69,6 +69,7 @@ def main() -> None:
             peft_config=peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"]),
         )
         trainer.train()
+    print(report)
 
 
 if __name__ == "__main__":

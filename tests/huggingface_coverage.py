@@ -140,32 +140,47 @@ def distances(ours: Grads, true: Grads, head: set[str]) -> Iterator[tuple[str, T
             yield group, errors.norm(), torch.stack([true[n].norm() for n in names]).norm()
 
 
-def judge(case: Case, loss_fn: Loss, dtype: torch.dtype = torch.float32, **change: Any) -> None:
+def judge(case: Case, loss_fn: Loss, dtype: torch.dtype = torch.float32) -> None:
     """Loss and gradients of the deferred model are as good as the untouched one's."""
-    key = f"{loss_fn.__name__}"
     theirs = attempt(case.fresh().to(dtype), loss_fn, case)
-    true = case.truths.get(key)
-    if true is None:
-        true_loss = with_labels if loss_fn in (autocast, checkpointed) else loss_fn
-        true = attempt(case.fresh().double(), true_loss, case)
-        case.truths[key] = true
+    true = truth(case, loss_fn)
     model = case.deferred().to(dtype)
     torch.manual_seed(0)
     ours = gradients_of(model, loss_fn, case)
-
     low = torch.bfloat16 if loss_fn is autocast else dtype
+    assert_as_good(ours, theirs, true, low, head_parameters(model))
+
+
+def truth(case: Case, loss_fn: Loss) -> tuple[Tensor, Grads]:
+    """Loss and gradients of the untouched model in float64."""
+    key = loss_fn.__name__
+    if key not in case.truths:
+        plain = with_labels if loss_fn in (autocast, checkpointed) else loss_fn
+        case.truths[key] = attempt(case.fresh().double(), plain, case)
+    return case.truths[key]
+
+
+def head_parameters(model: nn.Module) -> set[str]:
+    """Names of the deferred head's parameters."""
+    heads = [m for m in model.modules() if isinstance(m, huggingface.DeferredLinear)]
+    held = {id(p) for head in heads for p in head.parameters()}
+    return {name for name, p in model.named_parameters() if id(p) in held}
+
+
+def assert_as_good(
+    ours: tuple[Tensor, Grads],
+    theirs: tuple[Tensor, Grads],
+    true: tuple[Tensor, Grads],
+    dtype: torch.dtype,
+    head: set[str],
+) -> None:
+    """Errors of loss and gradients beside those of the untouched model."""
     own = abs(theirs[0] - true[0])
-    allowed = FACTOR * own + rounding(low) * abs(true[0]) * 2
+    allowed = FACTOR * own + rounding(dtype) * abs(true[0]) * 2
     assert abs(ours[0] - true[0]) <= allowed, f"loss {ours[0]:.6g}, untouched {theirs[0]:.6g}"
-    head = {
-        n
-        for n, p in model.named_parameters()
-        if any(p is q for m in model.modules() if isinstance(m, huggingface.DeferredLinear)
-               for q in m.parameters())
-    }  # fmt: skip
     pairs = zip(distances(ours[1], true[1], head), distances(theirs[1], true[1], head), strict=True)
     for (group, mine, norm), (_, other, _) in pairs:
-        limit = FACTOR * other + rounding(low) * norm
+        limit = FACTOR * other + rounding(dtype) * norm
         assert mine <= limit, f"d_{group}: {mine / norm:.1e} off, allowed {limit / norm:.1e}"
 
 

@@ -20,8 +20,12 @@ import torch.nn.functional as F
 from huggingface_zoo import build
 from test_huggingface_models import FEW, entry_of
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 import crosscut
 from crosscut.integrations import huggingface
@@ -32,6 +36,14 @@ IDS = torch.randint(4, 90, (4, 12), generator=torch.Generator().manual_seed(5))
 def wrap(model: Any, kind: str) -> Any:
     if kind.startswith("ddp"):
         return DistributedDataParallel(model, find_unused_parameters="unused" in kind)
+    if kind.startswith("tp"):
+        mesh = init_device_mesh("cpu", (2,))
+        if "transformers" in kind:
+            plan = dict.fromkeys(("lm_head", "lm_head.weight"), "colwise_gather_output")
+            return apply_tensor_parallelism(model, mesh, plan)
+        return parallelize_module(
+            model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())}
+        )
     reshard = "reshard" in kind
     for layer in model.model.layers:
         fully_shard(layer)
@@ -41,7 +53,7 @@ def wrap(model: Any, kind: str) -> Any:
 
 
 def step(model: Any, kind: str, rank: int) -> tuple[Tensor, dict[str, Tensor]]:
-    ids = IDS[2 * rank : 2 * rank + 2]
+    ids = IDS if kind.startswith("tp") else IDS[2 * rank : 2 * rank + 2]
     loss = torch.zeros(())
     for _ in range(2):  # the second time, all is as in the middle of a training
         model.zero_grad()
@@ -69,14 +81,17 @@ def run(kind: str, rank: int) -> dict[str, Any]:
         model: Any = build(entry_of("LlamaForCausalLM", FEW["LlamaForCausalLM"]))
         if which == "exact":
             model = model.double()
-        if which == "deferred":
+        if which == "deferred" and "after" not in kind:
             crosscut.defer_logits(model, min_numel=0, on_materialize="silent")
         wrapped = wrap(model, kind)
+        if which == "deferred" and "after" in kind:
+            crosscut.defer_logits(model, min_numel=0, on_materialize="silent")
         results[which] = step(wrapped, kind, rank)
         if which == "deferred":
             log = huggingface.explain(wrapped)[0].log
             results["fused"] = log.fused.total()
             results["materialised"] = [str(event) for event in log.materialized]
+            results["real"] = dict(log.real)
         with torch.no_grad():
             logits = huggingface.materialize(wrapped(input_ids=IDS).logits)
         results[f"{which} logits"] = logits

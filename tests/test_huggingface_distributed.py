@@ -1,4 +1,5 @@
-"""DDP and FSDP2 on two ranks of this machine: the gradients of the untouched model, fused."""
+"""DDP, FSDP2 and a tensor-parallel head on two ranks of this machine: the untouched model's
+gradients, fused where they can be."""
 
 from __future__ import annotations
 
@@ -15,17 +16,22 @@ from judging import FACTOR, error, rounding
 pytest.importorskip("transformers")
 
 KINDS = {
-    "ddp": True,
-    "ddp, loss outside": True,
-    "ddp, unused": True,
-    "ddp, unused, loss outside": False,  # DDP puts a node of its own behind every output
-    "fsdp": True,
-    "fsdp, loss outside": True,
-    "fsdp, reshard, loss outside": True,
-    "fsdp, head": True,
-    "fsdp, head, loss outside": True,
+    "ddp": "fused",
+    "ddp, loss outside": "fused",
+    "ddp, unused": "fused",
+    "ddp, unused, loss outside": "materialised",  # DDP puts a node of its own behind every output
+    "fsdp": "fused",
+    "fsdp, loss outside": "fused",
+    "fsdp, reshard, loss outside": "fused",
+    "fsdp, head": "fused",
+    "fsdp, head, loss outside": "fused",
+    "tp": "real",  # the weight is a DTensor
+    "tp, loss outside": "real",
+    "tp, transformers": "real",
+    "tp, transformers, loss outside": "real",
+    "tp, transformers, deferred after": "real",  # transformers calls the forward it found
 }
-"""How it is sharded -> whether the loss is fused."""
+"""How it is sharded -> what becomes of the logits."""
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +63,8 @@ def test_two_ranks(kind, results):
     for name, true in exact.items():
         allowed = FACTOR * error(others[name], true) + eps
         assert error(gradients[name], true) <= allowed, name
-    assert found["fused"] == (2 if KINDS[kind] else 0)
-    assert (found["materialised"] == []) == KINDS[kind], found["materialised"]
+    assert found["fused"] == (2 if KINDS[kind] == "fused" else 0)
+    assert bool(found["materialised"]) == (KINDS[kind] == "materialised"), found["materialised"]
+    if KINDS[kind] == "real" and "after" not in kind:
+        assert found["real"] == {"weight or input is a DTensor, DTensor": 2}
     assert torch.equal(found["deferred logits"], found["untouched logits"])

@@ -19,6 +19,7 @@ from crosscut.integrations import huggingface
 from crosscut.integrations.deferred import DeferredLogits
 
 pytest.importorskip("transformers")
+import huggingface_compiled as compiled_coverage
 import huggingface_coverage as coverage
 import huggingface_zoo as zoo
 
@@ -331,6 +332,16 @@ class TestCompile:
             assert error(mine[key], true) <= allowed, key
         assert not logits_in_a_step(compiled, IDS)
         assert logits_in_a_step(torch.compile(other, backend="aot_eager"), IDS)
+
+    @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "BartForCausalLM"])
+    def test_graph_breaks(self, name):
+        """Around the loss they cost the graph, and nothing else."""
+        case = coverage.make_case(entry_of(name, "causal"))
+        assert compiled_coverage.judge(case, "aot_eager")[:2] == ("fused", "yes")
+        untouched = case.fresh()
+        watch = compiled_coverage.Watch("eager", [untouched.get_output_embeddings().weight])
+        compiled_coverage.compiled_step(untouched, case, watch)
+        assert (watch.losses, watch.logits) == (0, 1)
 
     def test_logits_outside_of_the_graph(self):
         model, other = defer(tiny()), tiny()

@@ -17,7 +17,7 @@ from crosscut.functional import (
     linear_log_probs,
     token_statistics,
 )
-from crosscut.integrations.huggingface import defer_logits, undefer_logits
+from crosscut.integrations.huggingface import defer_logits, patch_trl, undefer_logits, unpatch_trl
 from crosscut.module import LinearCrossEntropy
 from crosscut.options import Divergence, GradientPolicy, set_workspace_limit, workspace_limit
 from crosscut.statistics import TokenStatistics
@@ -36,9 +36,11 @@ __all__ = [
     "linear_kl_div",
     "linear_log_probs",
     "linear_topk_kl_div",
+    "patch_trl",
     "set_workspace_limit",
     "token_statistics",
     "undefer_logits",
+    "unpatch_trl",
     "workspace_limit",
 ]
 

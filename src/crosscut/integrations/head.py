@@ -81,11 +81,14 @@ class DeferredLinear(nn.Linear):
         """Deferred logits ``[..., V]`` of hidden states ``[..., D]``."""
         settings, weight, bias = self.deferral, self.weight, self.bias
         if torch.compiler.is_compiling():
-            if _why_not(input, weight, bias, settings) is not None or not torch.is_grad_enabled():
+            if (
+                why_not_defer(input, weight, bias, settings) is not None
+                or not torch.is_grad_enabled()
+            ):
                 return F.linear(input, weight, bias)
             traced = TracedLogits(_form(input, weight, bias, settings.options), settings)
             return traced  # pyright: ignore[reportReturnType]
-        why_not = _why_not_eager() or _why_not(input, weight, bias, settings)
+        why_not = _why_not_eager() or why_not_defer(input, weight, bias, settings)
         if why_not is not None:
             settings.log.real[why_not] += 1
             return F.linear(input, weight, bias)
@@ -126,7 +129,7 @@ def _form(input: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptio
     )
 
 
-def _why_not(
+def why_not_defer(
     input: Tensor, weight: Tensor, bias: Tensor | None, settings: HeadSettings
 ) -> str | None:
     """Why these logits must be computed at once, or None."""

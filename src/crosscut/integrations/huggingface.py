@@ -36,6 +36,7 @@ from crosscut.integrations.report import (
     describe,
 )
 from crosscut.integrations.traced import TracedLogits
+from crosscut.integrations.trl import patch_trl, unpatch_trl
 from crosscut.options import GradientPolicy, HeadOptions
 
 __all__ = [
@@ -50,7 +51,9 @@ __all__ = [
     "explain",
     "is_deferred",
     "materialize",
+    "patch_trl",
     "undefer_logits",
+    "unpatch_trl",
 ]
 
 Model = TypeVar("Model", bound=nn.Module)
