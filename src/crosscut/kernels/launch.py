@@ -29,7 +29,9 @@ CAN_COMPILE_AHEAD = (
 )
 """Since Triton 3.6, and not in its interpreter."""
 
-_CHANGING = ("num_tokens", "num_labels", "num_rows", "num_blocks", "last_phase")
+_CHANGING = (
+    "num_tokens", "num_labels", "num_rows", "num_blocks", "last_phase", "num_columns", "most_live",
+)  # fmt: skip
 """Sizes that follow the number of tokens. Triton would compile a kernel anew for those that are 1,
 for those that 16 divides and for all others: in the middle of a training."""
 
