@@ -168,3 +168,68 @@ def test_a_frozen_side_changes_nothing_of_the_other(frozen):
     alone = leaves["linear_weight" if frozen == "input" else "input"].grad
     assert alone is not None
     assert torch.equal(alone, both.d_weight if frozen == "input" else both.d_input)
+
+
+@pytest.mark.parametrize("num_classes", [40, 8192, 20_000])
+def test_labels_come_first(num_classes):
+    """Among the classes whose log-sum-exp is taken first: each once, the batch's labels before."""
+    from crosscut.kernels.flags import labels_first
+
+    labels = torch.randint(num_classes, (77,))
+    labels[::5] = -1
+    some = min(num_classes, 300)
+    found = labels_first(labels, num_classes, some).tolist()
+    mine = sorted({*labels.tolist()} - {-1})
+    others = sorted({*range(num_classes)} - {*mine})
+    assert found == [*mine, *others][:some]
+
+
+@pytest.mark.parametrize(("num_rows", "most_tail"), [(75, 1e9), (75, 0.0), (20, 1e9), (0, 1e9)])
+def test_lists_of_kept_pairs(num_rows, most_tail):
+    from crosscut.kernels.kept_pairs import kept_pairs
+
+    block_n, block_slots, blocks, num_classes = 16, 32, 5, 700
+    mass = torch.rand(blocks, num_classes)
+    mass[torch.rand(blocks, num_classes) < torch.linspace(0, 0.9, num_classes)] = -1
+    used = -(-num_rows // block_n)
+    found = kept_pairs(
+        mass, torch.tensor([num_rows], dtype=torch.int32), block_n=block_n, num_slots=4096,
+        block_slots=block_slots, most_tail=most_tail,
+    )  # fmt: skip
+
+    kept = mass < 0
+    kept[used:] = False
+    popular = ((2 * kept.sum(0) >= used) & kept.any(0)).nonzero().flatten()
+    count = int(found.popular_count)
+    assert torch.equal(found.popular[:count].long(), popular)
+    assert torch.equal((found.popular_rank >= 0).nonzero().flatten(), popular)
+    first = 0
+    for block in range(blocks):
+        classes = kept[block].nonzero().flatten()
+        end = first + len(classes)
+        next_block = first + -(-len(classes) // block_slots) * block_slots
+        assert torch.equal(found.columns[first:end].long(), classes)
+        assert (found.columns[end:next_block] == 0).all()
+        cells = torch.bincount(classes // 64, minlength=11).cumsum(0)
+        assert found.cell_start[block].tolist() == [first, *(first + cells).tolist()]
+        slots = found.popular_slot[block, :count].long()
+        assert torch.equal(slots >= 0, kept[block, popular])
+        assert torch.equal(found.columns[slots[slots >= 0]].long(), popular[slots >= 0])
+        tail = mass[block].clamp_min(0).sum() if block < used else 0.0
+        assert found.tail[block].item() == pytest.approx(float(tail), rel=1e-5)
+        first = next_block
+    filters = not num_rows or most_tail > 0
+    assert (int(found.num_rows), int(found.exact_rows)) == (
+        (num_rows, -1) if filters else (-1, num_rows)
+    )
+
+
+def test_too_many_pairs_are_not_listed():
+    from crosscut.kernels.kept_pairs import kept_pairs
+
+    num_rows = torch.tensor([32], dtype=torch.int32)
+    found = kept_pairs(
+        torch.full((2, 300), -1.0), num_rows, block_n=16, num_slots=512, block_slots=32,
+        most_tail=1e9,
+    )  # fmt: skip
+    assert (int(found.num_rows), int(found.exact_rows)) == (-1, 32)
