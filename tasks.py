@@ -90,7 +90,7 @@ def lint(_: list[str]) -> None:
 def test(arguments: list[str]) -> None:
     """Lint, then every test that this machine can run. Arguments go to pytest."""
     lint([])
-    tool("pytest", *arguments)
+    tool("pytest", "--numprocesses=auto", "--dist=worksteal", *arguments)
 
 
 def fix(_: list[str]) -> None:

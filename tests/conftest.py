@@ -44,6 +44,9 @@ if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
     _round_to_bfloat16()
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # a process a core: more threads would wait for each other, spinning
+
 hypothesis.settings.register_profile(
     "crosscut", derandomize=True, deadline=None, max_examples=25, database=None
 )
