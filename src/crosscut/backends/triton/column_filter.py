@@ -22,9 +22,11 @@ def drop_below(num_classes: int) -> float:
     """A class joins a block's tail when its softmax, summed over the block's tokens, is below this.
 
     The fewer classes, the more is in each, and the less is a tail of such classes: less is kept for
-    the same error (measured on one model's logits over 32,064 to 262,144 of its classes).
+    the same error. So it is on one model's logits over 32,064 to 262,144 of its classes; with few
+    classes nothing of the kind is known.
     """
-    return 2.0**-11.5 * (2**18 / max(num_classes, 2**15)) ** (1 / 3)
+    fewer = 2**18 / num_classes if num_classes >= 2**14 else 1.0
+    return 2.0**-11.5 * fewer ** (1 / 3)
 
 
 def entry_above(num_tokens: int) -> float:
