@@ -42,7 +42,7 @@ def first_call(one_by_one: bool) -> None:
 
 
 def main() -> None:
-    """Run the three processes."""
+    """Run the four processes."""
     print(f"{os.cpu_count()} CPU cores", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for what, cache, how in (

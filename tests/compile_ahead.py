@@ -7,6 +7,7 @@ prints one JSON line a call: its kernels in order, and how many of them were com
 
 from __future__ import annotations
 
+import functools
 import json
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -59,7 +60,7 @@ def call(
         options=HeadOptions(policy=policy, softcap=softcap),
     )
     like = TritonBackend().forward_like(problem, for_backward=True)
-    compile_ahead._call(problem, like, Needs(not bias, not bias, bias))
+    compile_ahead._call(problem, like, Needs(not bias, not bias, bias), (False,))
 
 
 def main() -> None:
@@ -88,8 +89,7 @@ def main() -> None:
     ):
         for name, options in CALLS.items():
             compiles = options.pop("compiles", True)
-            with ahead(torch.device("cuda", 0)):
-                call(**options)
+            ahead(torch.device("cuda", 0), functools.partial(call, **options))
             found = {"call": name, "kernels": launched, "compiled": len(compiled)}
             print(json.dumps(found), flush=True)
             launched.clear()

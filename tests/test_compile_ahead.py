@@ -7,8 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,13 +88,12 @@ def problem(num_tokens: int = 512, **options: Any) -> HeadProblem:
 
 
 def test_once_for_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[HeadProblem, Statistics, Needs | None]] = []
+    calls: list[tuple[HeadProblem, Statistics, Needs | None, tuple[bool, ...]]] = []
     entered: list[torch.device] = []
 
-    @contextmanager
-    def ahead(device: torch.device) -> Iterator[None]:
+    def ahead(device: torch.device, call: Callable[[], object]) -> None:
         entered.append(device)
-        yield
+        call()
 
     capturing = True
     monkeypatch.setattr(compile_ahead, "ahead", ahead)
@@ -104,11 +102,11 @@ def test_once_for_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_ahead, "CAN_COMPILE_AHEAD", True)  # the tests are interpreted
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
 
-    def compile_for(found: HeadProblem, needs: Needs | None) -> int:
+    def compile_for(found: HeadProblem, needs: Needs | None, *entropy: bool) -> int:
         """How many calls were made on tensors without data."""
         like = TritonBackend().forward_like(found, for_backward=needs is not None)
         before = len(calls)
-        compile_ahead.compile_ahead(found, like, needs)
+        compile_ahead.compile_ahead(found, like, needs, entropy or (False,))
         return len(calls) - before
 
     with FakeTensorMode():
@@ -123,14 +121,35 @@ def test_once_for_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
         assert compile_for(problem(policy="exact"), NEEDS) == 1
         assert compile_for(problem(softcap=30.0), NEEDS) == 1
         assert compile_for(problem(softcap=50.0), NEEDS) == 0
+        asked = replace(problem(), entropy=True)
+        assert compile_for(asked, NEEDS, False, True) == 1  # a forward does not know
+        assert compile_for(asked, NEEDS, False) == 0
+        assert compile_for(asked, NEEDS, True) == 0
         like = problem().classifier
         wide = torch.empty_strided((4096, 64), (128, 1), dtype=like.dtype, device="cuda")
         assert compile_for(replace(problem(), classifier=wide), NEEDS) == 1
     assert {device.type for device in entered} == {"cuda"}
-    made, like, _ = calls[0]
+    made, like, _, _ = calls[0]
     assert made.hidden.device.type == made.classifier.device.type == "meta"
     assert made.classifier.shape == (4096, 64)
     assert all(tensor.device.type == "meta" for tensor in like)
+
+
+def test_an_interrupt_leaves_no_mode_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    device = torch.device("cuda", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton.AsyncCompileMode, "__exit__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            launch.ahead(device, lambda: None)
+    devices: list[torch.device] = []
+    launch.ahead(device, lambda: devices.append(launch.real_device(torch.device("meta"))))
+    assert devices == [device]
+    assert launch.real_device(torch.device("meta")) == torch.device("meta")
 
 
 def test_nothing_is_compiled_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,14 +174,16 @@ def test_no_launch_compiles_on_a_gpu() -> None:
         if not of["is_manual_warmup"]:
             at_launch.append(of["repr"])
 
-    def step(num_tokens: int, **options: Any) -> None:
+    def hidden_of(num_tokens: int) -> torch.Tensor:
         hidden = torch.randn(num_tokens, 256, dtype=torch.bfloat16, device="cuda") * 4
-        labels = torch.randint(8192, (num_tokens,), device="cuda")
-        hidden.requires_grad_()
-        loss = crosscut.linear_cross_entropy(
-            hidden, classifier, labels, backend="triton", **options
-        )
-        loss.backward()
+        return hidden.requires_grad_()
+
+    def labels_of(num_tokens: int) -> torch.Tensor:
+        return torch.randint(8192, (num_tokens,), device="cuda")
+
+    def step(num_tokens: int, **options: Any) -> None:
+        head = hidden_of(num_tokens), classifier, labels_of(num_tokens)
+        crosscut.linear_cross_entropy(*head, backend="triton", **options).backward()
 
     classifier = torch.randn(8192, 256, dtype=torch.bfloat16, device="cuda").requires_grad_()
     before = triton.knobs.runtime.jit_post_compile_hook
@@ -171,6 +192,8 @@ def test_no_launch_compiles_on_a_gpu() -> None:
         for options in ({}, {"softcap": 30.0}, {"policy": "exact"}, {"policy": "cce"}):
             for num_tokens in (512, 1000, 1):
                 step(num_tokens, **options)
+        found = crosscut.token_statistics(hidden_of(512), classifier, labels_of(512), entropy=True)
+        found.log_prob.sum().backward()  # an entropy that is only looked at
         classifier.requires_grad_(False)
         step(512)
     finally:

@@ -184,22 +184,35 @@ def test_labels_come_first(num_classes):
     assert found == [*mine, *others][:some]
 
 
-@pytest.mark.parametrize(("num_rows", "most_tail"), [(75, 1e9), (75, 0.0), (20, 1e9), (0, 1e9)])
-def test_lists_of_kept_pairs(num_rows, most_tail):
+@pytest.mark.parametrize(
+    ("num_rows", "most_tail", "blocks", "num_classes", "most_popular"),
+    [
+        (75, 1e9, 5, 700, 2**14),
+        (75, 0.0, 5, 700, 2**14),
+        (20, 1e9, 5, 700, 2**14),
+        (0, 3e38, 5, 700, 2**14),
+        (4800, 1e9, 300, 200, 2**14),
+        (60, 1e9, 4, 9000, 2**14),
+        (60, 1e9, 4, 9000, 128),
+    ],
+)
+def test_lists_of_kept_pairs(monkeypatch, num_rows, most_tail, blocks, num_classes, most_popular):
+    from crosscut.kernels import kept_pairs as module
     from crosscut.kernels.kept_pairs import kept_pairs
 
-    block_n, block_slots, blocks, num_classes = 16, 32, 5, 700
+    monkeypatch.setattr(module, "MOST_POPULAR", most_popular)
+    block_n, block_slots = 16, 32
     mass = torch.rand(blocks, num_classes)
     mass[torch.rand(blocks, num_classes) < torch.linspace(0, 0.9, num_classes)] = -1
     used = -(-num_rows // block_n)
     found = kept_pairs(
-        mass, torch.tensor([num_rows], dtype=torch.int32), block_n=block_n, num_slots=4096,
+        mass, torch.tensor([num_rows], dtype=torch.int32), block_n=block_n, num_slots=2**16,
         block_slots=block_slots, most_tail=most_tail,
     )  # fmt: skip
 
     kept = mass < 0
     kept[used:] = False
-    popular = ((2 * kept.sum(0) >= used) & kept.any(0)).nonzero().flatten()
+    popular = ((2 * kept.sum(0) >= used) & kept.any(0)).nonzero().flatten()[:most_popular]
     count = int(found.popular_count)
     assert torch.equal(found.popular[:count].long(), popular)
     assert torch.equal((found.popular_rank >= 0).nonzero().flatten(), popular)
@@ -210,7 +223,7 @@ def test_lists_of_kept_pairs(num_rows, most_tail):
         next_block = first + -(-len(classes) // block_slots) * block_slots
         assert torch.equal(found.columns[first:end].long(), classes)
         assert (found.columns[end:next_block] == 0).all()
-        cells = torch.bincount(classes // 64, minlength=11).cumsum(0)
+        cells = torch.bincount(classes // 64, minlength=-(-num_classes // 64)).cumsum(0)
         assert found.cell_start[block].tolist() == [first, *(first + cells).tolist()]
         slots = found.popular_slot[block, :count].long()
         assert torch.equal(slots >= 0, kept[block, popular])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +22,7 @@ from crosscut import cli
 from crosscut.bench import BenchError, tune, workloads
 from crosscut.bench.progress import Silent
 from crosscut.cache import cache_directory
-from crosscut.kernels import tuned
+from crosscut.kernels import tiles, tuned
 from crosscut.kernels.tiles import Kernel, Tiles, choose_tiles, table, tuning_key
 from crosscut.kernels.tuned import Sizes, Winner
 
@@ -33,13 +33,16 @@ WON = Sizes(128, 128, 32, 4, 5, 2)
 
 
 @pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A machine with an H100 and nothing tuned yet."""
     monkeypatch.setenv("CROSSCUT_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: GPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    tuned._winners.cache_clear()
-    return tmp_path
+    for cached in (tuned._winners, tiles._capability):
+        cached.cache_clear()
+    yield tmp_path
+    for cached in (tuned._winners, tiles._capability):
+        cached.cache_clear()
 
 
 def entry(**changes: Any) -> Winner:
@@ -366,15 +369,18 @@ def test_without_a_gpu() -> None:
     assert "cannot run on this machine: it measures on an NVIDIA GPU" in words(result)
 
 
-def test_show_and_reset() -> None:
+def test_show_and_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "0 entries" in words(crosscut("--show"))
     tuned.write([entry(), entry(triton="3.0.0")])
+    monkeypatch.setattr(tune, "why_not", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     result = crosscut("--show")
     assert result.exit_code == 0
     said = words(result)
     assert "lse, bfloat16, D=2304: 128 x 128 x 32, 4 warps, 5 stages, 2 programs in a test" in said
     assert "NVIDIA H100, 9.0, Triton 3.0.0" in said
-    assert said.count("used here") == 2
+    assert said.count("not used here") == 1
+    assert said.count(": used here") == 1
 
     assert "is gone" in words(crosscut("--reset"))
     assert not tuned.path().exists()
@@ -418,3 +424,24 @@ def test_the_whole_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not tuned.path().exists()
     assert "1 of 1 kernels kept in" in words(crosscut(*arguments))
     assert chosen().block_d == WON.block_d
+
+
+def test_no_home_and_odd_entries(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """A training needs no file, and no place for one."""
+    tuned.write([entry()])
+    text = tuned.path().read_text()
+    tuned.path().write_text(text.replace('"kernel": "lse"', '"kernel": ["lse"]'))
+    with pytest.warns(RuntimeWarning, match="words and numbers"):
+        assert tuned._winners(DEVICE) == {}
+    tuned._winners.cache_clear()
+    monkeypatch.setenv(
+        "CROSSCUT_CACHE", str(cache / "tiles.json")
+    )  # a file where a folder would be
+    assert tuned._winners(DEVICE) == {}
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    tuned._winners.cache_clear()
+    monkeypatch.setattr(tuned, "cache_directory", no_home)
+    assert tuned._winners(DEVICE) == {}

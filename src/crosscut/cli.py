@@ -6,6 +6,7 @@ slow to load only when they are asked for.
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from importlib.util import find_spec
@@ -198,11 +199,11 @@ def tune_(
     reset: Annotated[bool, typer.Option("--reset", help="Forget what is kept, and stop.")] = False,
 ) -> None:
     """See ``_TUNE_HELP``."""
-    if reset:
-        tuned.path().unlink(missing_ok=True)
-        print(f"{tuned.path()} is gone: crosscut takes its tiles from its table.")
-        return
     try:
+        if reset:
+            tuned.path().unlink(missing_ok=True)
+            print(f"{tuned.path()} is gone: crosscut takes its tiles from its table.")
+            return
         if show:
             _show_tuned()
             return
@@ -210,6 +211,10 @@ def tune_(
             raise BenchError(f"crosscut tune cannot run on this machine: {reason}")
         if repeats < 1:
             raise BenchError(f"--repeats must be at least 1, got {repeats}")
+        if not dry_run:  # now, not after minutes
+            tuned.path().parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(tuned.path().parent, os.W_OK):
+                raise BenchError(f"{tuned.path().parent} must be writable; see --dry-run")
         bars = Bars()
         request = workloads.WorkloadRequest(
             name=workload, tokens=tokens, dtype=dtype, device="cuda",
@@ -224,7 +229,7 @@ def tune_(
             print("Nothing kept: --dry-run.")
         else:
             print(f"{len(entries)} of {len(found)} kernels kept in {tune.store(load, entries)}")
-    except BenchError as error:
+    except (BenchError, OSError) as error:
         _fail(error)
 
 

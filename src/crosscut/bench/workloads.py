@@ -110,8 +110,10 @@ def make(request: WorkloadRequest, progress: Progress) -> Workload:
     """Build the workload; raise BenchError where there is none of that name or size."""
     if request.dtype not in DTYPES:
         raise BenchError(f"--dtype must be one of {', '.join(DTYPES)}, got {request.dtype!r}")
-    if request.tokens is not None and request.tokens < 1:
-        raise BenchError(f"--tokens must be at least 1, got {request.tokens}")
+    sizes = {"tokens": request.tokens, "hidden-size": request.hidden, "vocab-size": request.vocab}
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise BenchError(f"--{name} must be at least 1, got {size}")
     if request.name.startswith("random:"):
         if request.hidden or request.vocab:
             raise BenchError(f"--workload {request.name} has a shape of its own: give no other")

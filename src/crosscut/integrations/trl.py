@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -97,7 +97,7 @@ class _TokenStatistics:
         chunk_size: int,
         final_logit_softcapping: float | None = None,
         logit_scale: float = 1.0,
-        outputs: Iterable[str] = _OUTPUTS,
+        outputs: Collection[str] = _OUTPUTS,
     ) -> tuple[Tensor | None, ...]:
         """Log-probabilities, and the ``_OUTPUTS`` or None, in the order of TRL's function.
 

@@ -5,8 +5,7 @@ twenty waits for them one after the other. Within :func:`ahead` launches only co
 run what launches them once on "meta" tensors, which have shapes and no data, and all of them are
 compiled together.
 
-    with ahead(device):
-        everything(tensors_on_meta)
+    ahead(device, lambda: everything(tensors_on_meta))
     everything(tensors)
 """
 
@@ -14,10 +13,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from typing import Any
 
 import torch
@@ -31,6 +29,7 @@ CAN_COMPILE_AHEAD = (
 
 _CHANGING = (
     "num_tokens", "num_labels", "num_rows", "num_blocks", "last_phase", "num_columns", "most_live",
+    "stride_m", "stride_k",
 )  # fmt: skip
 """Sizes that follow the number of tokens. Triton would compile a kernel anew for those that are 1,
 for those that 16 divides and for all others: in the middle of a training."""
@@ -74,15 +73,16 @@ class _Loading(ThreadPoolExecutor):
         return super().submit(compile_and_load)
 
 
-@contextmanager
-def ahead(device: torch.device) -> Iterator[None]:
-    """Launches of this thread compile for the device and do nothing else; all done at the end.
+def ahead(device: torch.device, call: Callable[[], object]) -> None:
+    """Make a call whose launches compile for the device and do nothing else; wait for all of them.
 
-    What does not compile raises its error when it is launched, not here.
+    What does not compile raises its error when it is launched, not here. The call has a context of
+    its own, so that an interrupt leaves no mode behind.
     """
-    before = _device_ahead.set(device)
-    try:
+
+    def compile_all() -> None:
+        _device_ahead.set(device)
         with _Loading(device) as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
-            yield
-    finally:
-        _device_ahead.reset(before)
+            call()
+
+    Context().run(compile_all)

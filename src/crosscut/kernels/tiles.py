@@ -199,7 +199,7 @@ def descriptor(matrix: Tensor, block: tuple[int, int], tiles: Tiles) -> TensorDe
 
 
 def num_programs(device: torch.device) -> int:
-    """Programs that run at once: one a multiprocessor."""
+    """Multiprocessors: programs that run at once, unless ``Tiles.programs`` says more."""
     return _num_programs(real_device(device))
 
 

@@ -85,7 +85,7 @@ def read() -> list[Winner]:
     """
     try:
         text = path().read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     data = json.loads(text)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -100,9 +100,12 @@ def _winner(entry: dict[str, Any]) -> Winner:
     sizes = Sizes(**entry["sizes"])
     if not all(type(size) is int and 0 < size <= 1024 for size in sizes):
         raise ValueError(f"sizes must be numbers from 1 to 1024, got {tuple(sizes)}")
+    place, key = Place(**entry["place"]), Key(**entry["key"])
+    if not all(isinstance(value, str | int) for value in (*place, *key)):
+        raise ValueError(f"an entry is of words and numbers, got {place} and {key}")
     return Winner(
-        place=Place(**entry["place"]),
-        key=Key(**entry["key"]),
+        place=place,
+        key=key,
         sizes=sizes,
         measured=entry["measured"],
     )
@@ -164,9 +167,13 @@ def trial(winners: Mapping[Key, Sizes]) -> Iterator[None]:
 def _winners(device: torch.device) -> dict[Key, Sizes]:
     """What the file has for this device; a warning where it has something and it is no good."""
     try:
+        file = path()
+    except RuntimeError:  # no home directory, and so no file
+        return {}
+    try:
         winners = read()
     except (OSError, ValueError) as error:
-        _warn(f"{path()} cannot be used: {error}")
+        _warn(f"{file} cannot be used: {error}")
         return {}
     if not winners:
         return {}
@@ -174,7 +181,7 @@ def _winners(device: torch.device) -> dict[Key, Sizes]:
     of_this_gpu = [winner for winner in winners if winner.place.gpu == place.gpu]
     found = {winner.key: winner.sizes for winner in of_this_gpu if winner.place == place}
     if of_this_gpu and not found:
-        _warn(f"the sizes in {path()} were measured with another Triton or other kernels")
+        _warn(f"the sizes in {file} were measured with another Triton or other kernels")
     return found
 
 

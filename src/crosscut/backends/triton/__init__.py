@@ -65,7 +65,8 @@ class TritonBackend:
             return statistics
         needs = Needs(True, True, problem.bias is not None) if for_backward else None
         with _on(problem):
-            compile_ahead(problem, statistics, needs)
+            entropy = (False, True) if problem.entropy else (False,)
+            compile_ahead(problem, statistics, needs, entropy)
             return compute_statistics(problem, statistics)
 
     def forward_like(self, problem: HeadProblem, *, for_backward: bool) -> Statistics:
@@ -99,7 +100,7 @@ class TritonBackend:
 
         with _on(problem):
             if len(problem.labels):
-                compile_ahead(problem, statistics, needs)
+                compile_ahead(problem, statistics, needs, (cotangents.entropy is not None,))
             return compute_gradients(problem, statistics, cotangents, needs)
 
     def sparsity(self, problem: HeadProblem, statistics: Statistics) -> tuple[float, float]:

@@ -47,7 +47,10 @@ def filters_columns(problem: HeadProblem) -> bool:
     """
     low_precision = problem.hidden.dtype in (torch.bfloat16, torch.float16)
     simple = problem.bias is None and problem.logit_weight is None and problem.labels.dim() == 1
-    return low_precision and simple and problem.options.policy in ("auto", "filtered")
+    num_tokens, num_classes = len(problem.labels), len(problem.classifier)
+    lists = max(num_tokens * MOST_KEPT, token_blocks(problem) * num_classes)  # are of int32
+    sparse = problem.options.policy in ("auto", "filtered")
+    return low_precision and simple and sparse and lists < 2**31
 
 
 def block_tokens(problem: HeadProblem) -> int:

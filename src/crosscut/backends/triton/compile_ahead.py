@@ -23,37 +23,47 @@ _seen: set[Hashable] = set()
 _one_at_a_time = threading.Lock()
 
 
-def compile_ahead(problem: HeadProblem, like: Statistics, needs: Needs | None) -> None:
+def compile_ahead(
+    problem: HeadProblem,
+    like: Statistics,
+    needs: Needs | None,
+    entropy: tuple[bool, ...] = (False,),
+) -> None:
     """Compile the kernels of a forward and, given ``needs``, of the backward that follows it.
 
     Args:
         problem: the call. Another one that differs in N alone needs no more.
         like: what its forward returns, by shape and dtype.
         needs: which gradients are wanted; None for a forward alone.
+        entropy: whether the entropy has a cotangent; both where it is not known yet.
     """
     device = problem.hidden.device
     if device.type != "cuda" or not CAN_COMPILE_AHEAD:
         return
-    kind = _kind(problem, needs)
-    if kind in _seen or torch.cuda.is_current_stream_capturing():
+    kinds = {_kind(problem, needs, has_gradient) for has_gradient in entropy}
+    if kinds <= _seen or torch.cuda.is_current_stream_capturing():
         return
     with _one_at_a_time:
-        if kind not in _seen:
-            with ahead(device):
-                _call(_without_data(problem), Statistics(*map(_meta, like)), needs)
-            _seen.add(kind)
+        if not kinds <= _seen:
+            empty = _without_data(problem), Statistics(*map(_meta, like))
+            ahead(device, lambda: _call(*empty, needs, entropy))
+            _seen.update(kinds)
 
 
-def _call(problem: HeadProblem, like: Statistics, needs: Needs | None) -> None:
+def _call(
+    problem: HeadProblem, like: Statistics, needs: Needs | None, entropy: tuple[bool, ...]
+) -> None:
     found = compute_statistics(problem, like)
-    if needs is not None:
-        d_sum = None if problem.logit_weight is None else found.logit_sum
-        d_entropy = found.entropy if problem.entropy else None
+    if needs is None:
+        return
+    d_sum = None if problem.logit_weight is None else found.logit_sum
+    for has_gradient in entropy:
+        d_entropy = found.entropy if has_gradient else None
         cotangents = Cotangents(found.lse, found.target_logit, d_sum, d_entropy)
         compute_gradients(problem, found, cotangents, needs)
 
 
-def _kind(problem: HeadProblem, needs: Needs | None) -> Hashable:
+def _kind(problem: HeadProblem, needs: Needs | None, has_gradient: bool) -> Hashable:
     """What the kernels that are launched, and their specialisations, depend on."""
     head = (problem.hidden, problem.classifier, problem.bias, problem.logit_weight)
     layout = [
@@ -63,7 +73,7 @@ def _kind(problem: HeadProblem, needs: Needs | None) -> Hashable:
     options, num_classes = problem.options, len(problem.classifier)
     how = options.policy, options.softcap is None, torch.backends.cuda.matmul.allow_tf32
     what = problem.labels.shape[1:], problem.entropy, problem.ranks
-    return problem.hidden.device, *layout, num_classes, *how, *what, needs
+    return problem.hidden.device, *layout, num_classes, *how, *what, has_gradient, needs
 
 
 def _without_data(problem: HeadProblem) -> HeadProblem:

@@ -34,6 +34,8 @@ from crosscut.kernels.pair_gradient import pair_gradient, tail_of_tokens
 from crosscut.kernels.pair_matmul import hidden_rows, popular_rows
 from crosscut.kernels.tiles import Head, Kernel, choose_tiles
 
+_ANY_TAIL = torch.finfo(torch.float32).max  # not inf: no rows times that is no number
+
 
 def filtered_gradients(
     problem: HeadProblem, statistics: Statistics, together: KeptTokens, out: Gradients
@@ -61,7 +63,7 @@ def _from_kept_pairs(
     pairs = kept_pairs(
         statistics.column_mass, kept.count,
         block_n=tiles.block_n, num_slots=slots, block_slots=tiles.block_v,
-        most_tail=MAX_TAIL / unit if problem.options.policy == "auto" else math.inf,
+        most_tail=MAX_TAIL / unit if problem.options.policy == "auto" else _ANY_TAIL,
     )  # fmt: skip
     exact_rows = pairs.exact_rows
     tokens = tokens._replace(num_rows=pairs.num_rows)
