@@ -397,7 +397,11 @@ class TestBlocksOfTokens:
         hidden[~kept] *= -30  # these would want other classes
         head = replace(head, input=hidden)
         alone = replace(head, input=head.input[kept], target=head.target[kept])
-        assert sparsity(head) == sparsity(alone)
+        said, expected = sparsity(head), sparsity(alone)
+        assert said.kept == expected.kept
+        assert said.tail == pytest.approx(
+            expected.tail, rel=1e-6
+        )  # a sum of float32, in some order
         options = {"policy": "filtered", "reduction": "sum"}
         found = outcome(crosscut.linear_cross_entropy, head, **options)
         expected = outcome(crosscut.linear_cross_entropy, alone, **options)
