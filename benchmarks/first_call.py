@@ -1,6 +1,6 @@
 """How long the first call takes on a GPU: seconds, by what Triton's cache holds already.
 
-python benchmarks/first_call.py
+    python benchmarks/first_call.py
 
 A process each: with an empty cache and its kernels compiled one by one, at their launches; with an
 empty cache and all of them compiled ahead; with a full cache, both ways.
