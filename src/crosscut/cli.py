@@ -71,10 +71,11 @@ Look for tile sizes that are faster on this GPU than crosscut's own, and keep th
 
 crosscut never tunes while it trains: it takes its tiles from a table, measured on an H100. This
 command times loss and gradients of a head with the table's sizes and with others, kernel by kernel,
-in some minutes. Sizes whose error is larger than the table's are rejected. The others must save 2 %
-of forward and backward, twice. Winners go to `tiles.json` in `$CROSSCUT_CACHE`, `~/.cache/crosscut`
-unless set; from its next start every process on this machine takes them for this GPU, dtype and
-hidden size, as long as Triton and crosscut's kernels are those they were measured with.
+in some minutes. Sizes whose error is larger than plain PyTorch's are rejected. The others must save
+2 % of forward and backward, twice. Winners go to `tiles.json` in `$CROSSCUT_CACHE`,
+`~/.cache/crosscut` unless set; from its next start every process on this machine takes them for
+this GPU, dtype and hidden size, as long as Triton and crosscut's kernels are those they were
+measured with.
 
 Take the hidden size, vocabulary, tokens and dtype of your own training. The logits are a real
 model's: what a gradient may leave out decides which kernels matter.

@@ -41,7 +41,7 @@ def run(workload: Workload, plan: Plan, progress: Progress) -> BenchResult:
     why_not = {contender.name: contender.why_not(workload) for contender in plan.contenders}
     present = [contender for contender in plan.contenders if why_not[contender.name] is None]
     right = truth(workload, progress)
-    yardsticks = _yardsticks(workload, right, present, progress)
+    standard = yardsticks(workload, right, present, progress)
 
     rows: dict[str, Row] = {}
     subjects: dict[str, Subject] = {}
@@ -51,7 +51,7 @@ def run(workload: Workload, plan: Plan, progress: Progress) -> BenchResult:
             if absent := why_not[contender.name]:
                 rows[contender.name] = replace(row, absent=absent)
             else:
-                subject, row = _admit(contender, row, workload, right, yardsticks)
+                subject, row = _admit(contender, row, workload, right, standard)
                 rows[contender.name] = row
                 if subject is not None:
                     subjects[contender.name] = subject
@@ -67,7 +67,7 @@ def run(workload: Workload, plan: Plan, progress: Progress) -> BenchResult:
         commit=results.commit(),
         machine=results.this_machine(),
         workload=_summary(workload),
-        yardstick=yardsticks.same_dtype,
+        yardstick=standard.same_dtype,
         matmul_s=times.matmul,
         rows=(
             *(
@@ -83,9 +83,10 @@ def run(workload: Workload, plan: Plan, progress: Progress) -> BenchResult:
     )
 
 
-def _yardsticks(
+def yardsticks(
     workload: Workload, right: Answer, present: list[Contender], progress: Progress
 ) -> Yardsticks:
+    """Plain PyTorch's errors, in bfloat16 too if a contender's grade needs them."""
     same_dtype = relative_errors(plain_pytorch(workload, progress), right)
     low = torch.bfloat16
     wanted = any(contender.grade is Grade.LOW_PRECISION for contender in present)

@@ -2,9 +2,9 @@
 
 One kernel after another, each with the winners so far for the rest: the loss and both gradients
 under a policy that uses the kernel are computed with the table's sizes, then with each alternative.
-One that does not compile, does not fit, or makes an error larger than the table's is rejected
-before it is timed. The fastest must beat the table by MARGIN, and do so again when the two are
-timed a second time: of many medians the best is too good.
+One that does not compile, does not fit, or makes an error larger than plain PyTorch's, as the bench
+has it, is rejected before it is timed. The fastest must beat the table by MARGIN, and do so again
+when the two are timed a second time, taking turns: of many medians the best is too good.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import crosscut
 from crosscut.bench import BenchError, contenders, measure
 from crosscut.bench.measure import Subject
 from crosscut.bench.progress import Progress
-from crosscut.bench.results import Errors
+from crosscut.bench.run import yardsticks
 from crosscut.bench.truth import relative_errors, truth
 from crosscut.bench.workloads import Workload
 from crosscut.kernels import tuned
@@ -37,9 +37,6 @@ if TYPE_CHECKING:  # it needs Triton, which a machine that only shows the file m
 MARGIN = 0.02
 """Share of the time of forward and backward that an alternative must save."""
 
-ERROR_SLACK = 1.02
-"""Sums in another order round differently: so much more error is no larger error."""
-
 Choice = Mapping["Kernel", Sizes]
 """Sizes of some kernels; the others have the table's."""
 
@@ -48,11 +45,11 @@ class Meter(Protocol):
     """Runs loss and gradients under a policy with given sizes."""
 
     def objection(self, policy: str, choice: Choice) -> str | None:
-        """Why these sizes are no good, or None. The first call of a policy sets its standard."""
+        """Why these sizes are no good, or None."""
         ...
 
-    def seconds(self, policy: str, choice: Choice) -> float:
-        """How long forward and backward take."""
+    def seconds(self, policy: str, *choices: Choice) -> list[float]:
+        """How long forward and backward take with each choice; they take turns."""
         ...
 
 
@@ -110,7 +107,8 @@ def search(plan: Plan, meter: Meter, progress: Progress) -> list[Tuning]:
         for kernel, policy in plan.policies.items():
             if wrong := meter.objection(policy, choice):
                 raise BenchError(f"policy {policy!r} does not run with the tiles it has: {wrong}")
-            base = Trial(sizes=choice[kernel], seconds=meter.seconds(policy, choice))
+            (seconds,) = meter.seconds(policy, choice)
+            base = Trial(sizes=choice[kernel], seconds=seconds)
             step(f"{kernel}: the table's")
             trials = []
             for sizes in tried[kernel]:
@@ -127,7 +125,8 @@ def _try(policy: str, choice: Choice, kernel: Kernel, sizes: Sizes, meter: Meter
     choice = {**choice, kernel: sizes}
     if rejected := meter.objection(policy, choice):
         return Trial(sizes=sizes, rejected=rejected)
-    return Trial(sizes=sizes, seconds=meter.seconds(policy, choice))
+    (seconds,) = meter.seconds(policy, choice)
+    return Trial(sizes=sizes, seconds=seconds)
 
 
 def _confirm(tuning: Tuning, choice: Choice, meter: Meter) -> Tuning:
@@ -138,8 +137,8 @@ def _confirm(tuning: Tuning, choice: Choice, meter: Meter) -> Tuning:
     best = min(timed, key=lambda sizes: timed[sizes])
     if timed[best] > (1 - MARGIN) * tuning.table.seconds:
         return tuning
-    again = meter.seconds(tuning.policy, choice)
-    seconds = meter.seconds(tuning.policy, {**choice, tuning.kernel: best})
+    better = {**choice, tuning.kernel: best}
+    again, seconds = meter.seconds(tuning.policy, choice, better)
     if seconds > (1 - MARGIN) * again:
         return tuning
     return replace(tuning, winner=Trial(sizes=best, seconds=seconds), again=again)
@@ -240,11 +239,16 @@ class GpuMeter:
     def __init__(self, workload: Workload, repeats: int, progress: Progress) -> None:
         self._workload, self._repeats = workload, repeats
         self._right = truth(workload, progress)
-        self._allowed: dict[str, Errors] = {}
         known = contenders.everyone()
+        standard = yardsticks(workload, self._right, [], progress)
+        dtype = workload.hidden.dtype
         self._subjects = {
             policy: Subject(known[f"crosscut-{policy}"].build(), workload)
             for policy in ("auto", "exact")
+        }
+        self._allowed = {
+            policy: measure.allowed(known[f"crosscut-{policy}"], standard, dtype)
+            for policy in self._subjects
         }
 
     def objection(self, policy: str, choice: Choice) -> str | None:
@@ -258,20 +262,18 @@ class GpuMeter:
             return f"{type(error).__name__}: {error}".splitlines()[0]
         finally:
             subject.forget_gradients()
-        errors = relative_errors(answer, self._right)
-        if policy not in self._allowed:
-            self._allowed[policy] = _with_slack(errors)
-        return measure.objection(errors, self._allowed[policy])
+        return measure.objection(relative_errors(answer, self._right), self._allowed[policy])
 
-    def seconds(self, policy: str, choice: Choice) -> float:
+    def seconds(self, policy: str, *choices: Choice) -> list[float]:
         subject = self._subjects[policy]
         device = self._workload.hidden.device
-        with self._trial(choice):
-            times = [
-                measure.seconds(subject.forward_backward, device) for _ in range(self._repeats)
-            ]
+        times: list[list[float]] = [[] for _ in choices]
+        for _ in range(self._repeats):
+            for choice, of_choice in zip(choices, times, strict=True):
+                with self._trial(choice):
+                    of_choice.append(measure.seconds(subject.forward_backward, device))
         subject.forget_gradients()
-        return median(times)
+        return [median(of_choice) for of_choice in times]
 
     def _trial(self, choice: Choice) -> AbstractContextManager[None]:
         keys = keys_of(self._workload, choice)
@@ -285,14 +287,6 @@ class GpuMeter:
             raise BenchError(
                 f"the GPU stopped answering with {choice}, and nothing was stored: please report it"
             ) from error
-
-
-def _with_slack(errors: Errors) -> Errors:
-    return Errors(
-        loss=max(ERROR_SLACK * errors.loss, 1e-6),  # it is a number or two in float32
-        d_hidden=ERROR_SLACK * errors.d_hidden,
-        d_classifier=ERROR_SLACK * errors.d_classifier,
-    )
 
 
 def keys_of(workload: Workload, kernels: Iterable[Kernel]) -> dict[Kernel, tuned.Key]:
