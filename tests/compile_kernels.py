@@ -77,7 +77,8 @@ def main(target: str, dtype_name: str) -> None:
 
 def launch_everything(dtype: torch.dtype, choose: Any) -> None:
     from crosscut.kernels.exact_sweep import SweepOutputs, exact_sweep
-    from crosscut.kernels.flags import labels_first
+    from crosscut.kernels.flags import flagged_first
+    from crosscut.kernels.gather_tokens import PerToken, gather_tokens
     from crosscut.kernels.indexed_matmul import indexed_matmul
     from crosscut.kernels.kept_rows import KeptRows, kept_rows
     from crosscut.kernels.linear_lse import Wanted, linear_lse
@@ -96,6 +97,13 @@ def launch_everything(dtype: torch.dtype, choose: Any) -> None:
     labels, index = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int32)
     kept_rows(labels)
     kept = KeptRows(index[:1], index, index)
+    vector = torch.zeros(n)
+    for lift in (None, vector[0]):
+        for some, other in ((None, None), (vector, None), (vector, vector)):
+            of_tokens = PerToken(labels, vector, other, vector, vector, some, other)
+            gather_tokens(hidden, of_tokens, kept, lift, multiple=128)
+    of_tokens = PerToken(None, vector, None, vector, None, None, None)
+    gather_tokens(hidden, of_tokens, kept, None, multiple=128)
     move_rows(torch.empty_like(hidden), hidden, index, torch.ones(1))
     move_rows(torch.empty_like(hidden), torch.zeros(n, d), index, torch.ones(1), index[:1])
     tokens = Tokens(index[:1], hidden, labels, torch.zeros(n, 4))
@@ -124,7 +132,8 @@ def launch_everything(dtype: torch.dtype, choose: Any) -> None:
     for b, softcap in ((None, None), (None, 30.0), (bias, 30.0)):
         launch_others(Head(hidden, classifier, b, 1.0, softcap), tokens, kept, dz, choose)
     if dtype != torch.float32:
-        labels_first(labels, v, 32)
+        flags = torch.zeros(v, dtype=torch.int8)
+        flagged_first(flags, 32)
         for softcap in (None, 30.0):
             launch_filtered(Head(hidden, classifier, None, 1.0, softcap), tokens, kept, choose)
 
@@ -161,8 +170,9 @@ def launch_others(head: Any, tokens: Any, kept: Any, dz: torch.Tensor, choose: A
 
 def launch_filtered(head: Any, tokens: Any, kept: Any, choose: Any) -> None:
     from crosscut.kernels.entry_matmul import classifier_rows, list_entries
-    from crosscut.kernels.kept_pairs import keep_labels, kept_pairs
-    from crosscut.kernels.linear_lse import Wanted, linear_lse
+    from crosscut.kernels.indexed_matmul import indexed_matmul
+    from crosscut.kernels.kept_pairs import kept_pairs
+    from crosscut.kernels.linear_lse import Columns, Wanted, linear_lse
     from crosscut.kernels.pair_gradient import pair_gradient, tail_of_tokens
     from crosscut.kernels.pair_matmul import hidden_rows, popular_rows
 
@@ -180,24 +190,22 @@ def launch_filtered(head: Any, tokens: Any, kept: Any, choose: Any) -> None:
         (entropy, wide, Wanted(entropy=True)),
         (Kernel.WEIGHTED_LSE, hidden, Wanted(entropy=True, target=target)),
     ):
-        linear_lse(
-            head, kept, choose(kernel, like), wanted, reference=torch.zeros(len(hidden)),
-            column_mass=mass, drop_below=2.0**-12,
-        )  # fmt: skip
-    keep_labels(mass, tokens.labels, kept, tiles.block_n)
+        columns = Columns(mass, tokens.labels, torch.zeros(len(hidden)), 2.0**-12)
+        linear_lse(head, kept, choose(kernel, like), wanted, columns)
+    indexed_matmul(head, tokens.labels, torch.zeros(len(classifier), dtype=torch.int8))
     pairs = kept_pairs(
         mass, kept.count, block_n=tiles.block_n,
         num_slots=4 * tiles.block_v, block_slots=tiles.block_v, most_tail=1.0,
     )  # fmt: skip
     gradient = pair_gradient(head, tokens, pairs, mass, tiles, drop_below=2.0**-12, entry=2.0**-13)
-    slopes = None if head.softcap is None else torch.zeros(len(hidden))
-    by_token, _ = tail_of_tokens(tokens, slopes, pairs, gradient, tiles)
+    slopes = None if head.softcap is None else (torch.zeros(len(hidden)), kept.rows)
+    by_token, by_block = tail_of_tokens(tokens, slopes, pairs, gradient, tiles)
     rows = torch.zeros(blocks, hidden.shape[1])
     hidden_rows(
         torch.empty_like(hidden), tokens, kept.rows, gradient.dz, classifier, pairs,
         (by_token, rows), scale, choose(Kernel.PAIR_MATMUL, hidden),
     )  # fmt: skip
-    tail, out = (mass, rows.to(mass)), torch.empty_like(classifier)
+    tail, out = (mass, by_block), torch.empty_like(classifier)
     entries = list_entries(kept.count, tokens, pairs, gradient, most=1024, entry=2.0**-13)
     tiles = choose(Kernel.ENTRY_MATMUL, hidden)
     classifier_rows(out, tokens, entries, pairs, tail, scale, tiles)

@@ -173,12 +173,18 @@ def test_a_frozen_side_changes_nothing_of_the_other(frozen):
 @pytest.mark.parametrize("num_classes", [40, 8192, 20_000])
 def test_labels_come_first(num_classes):
     """Among the classes whose log-sum-exp is taken first: each once, the batch's labels before."""
-    from crosscut.kernels.flags import labels_first
+    from crosscut.kernels.flags import flagged_first
+    from crosscut.kernels.indexed_matmul import indexed_matmul
+    from crosscut.kernels.tiles import Head
 
     labels = torch.randint(num_classes, (77,))
     labels[::5] = -1
     some = min(num_classes, 300)
-    found = labels_first(labels, num_classes, some).tolist()
+    flags = torch.zeros(num_classes, dtype=torch.int8)
+    indexed_matmul(
+        Head(torch.ones(77, 16), torch.ones(num_classes, 16), None, 1.0, None), labels, flags
+    )
+    found = flagged_first(flags, some).tolist()
     mine = sorted({*labels.tolist()} - {-1})
     others = sorted({*range(num_classes)} - {*mine})
     assert found == [*mine, *others][:some]

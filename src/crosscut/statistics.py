@@ -71,7 +71,7 @@ def cross_entropy(
         options: the loss's options.
     """
     smoothing = options.label_smoothing
-    loss = -statistics.log_prob
+    loss = statistics.lse - statistics.target_logit
     if weight is not None:
         loss = loss * weight[labels.clamp_min(0)]
     if logit_mean is not None:

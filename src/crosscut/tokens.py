@@ -23,9 +23,9 @@ def flatten(
     A label is a class in ``[0, num_classes)``, or ``IGNORED``. Any other target becomes
     ``num_classes``, which a backend reports as out of range.
     """
-    labels = target.to(torch.int64)
-    labels = torch.where((labels < 0) & (labels != ignore_index), num_classes, labels)
-    labels = torch.where(labels == ignore_index, IGNORED, labels)
+    target = target.to(torch.int64)
+    labels = target.masked_fill(target < 0, num_classes)
+    labels = labels.masked_fill_(target == ignore_index, IGNORED)
     batch = hidden.dim() - 1
     if shift:
         labels = align(labels, shift, axis=batch - 1, fill=IGNORED)

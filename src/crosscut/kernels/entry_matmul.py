@@ -254,7 +254,7 @@ def classifier_rows(
         tokens: those that take part.
         entries: the lists.
         pairs: which classes are popular.
-        tail: column masses [blocks, V] and rows ``w`` [blocks, D], in the dtype of H.
+        tail: column masses [blocks, V] and rows ``w`` [blocks, D], both bfloat16.
         scale: [1] float32.
         tiles: BLOCK_N = CELL classes x BLOCK_V dimensions, in steps of BLOCK_D entries.
     """

@@ -30,14 +30,6 @@ def count_flags(flags_ptr, first, end, num_classes, BLOCK: tl.constexpr):
 
 
 @kernel
-def flag_labels_kernel(labels_ptr, flags_ptr, num_tokens, num_classes, BLOCK: tl.constexpr):
-    tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    labels = tl.load(labels_ptr + tokens, mask=tokens < num_tokens, other=-1)
-    known = (labels >= 0) & (labels < num_classes)
-    tl.store(flags_ptr + labels, tl.full((BLOCK,), 1, tl.int8), mask=known)
-
-
-@kernel
 def flagged_first_kernel(flags_ptr, out_ptr, most, num_classes, BLOCK: tl.constexpr):
     """Program i owns the places of the classes from BLOCK i on."""
     first = tl.program_id(0) * BLOCK
@@ -50,13 +42,10 @@ def flagged_first_kernel(flags_ptr, out_ptr, most, num_classes, BLOCK: tl.conste
     tl.store(out_ptr + place, classes, mask=(classes < num_classes) & (place < most))
 
 
-def labels_first(labels: Tensor, num_classes: int, most: int) -> Tensor:
-    """The first ``most`` classes [most] int32: those among ``labels`` [N], then the others."""
-    flags = torch.zeros(num_classes, dtype=torch.int8, device=labels.device)
-    flag_labels_kernel[(triton.cdiv(len(labels), 1024),)](
-        labels, flags, len(labels), num_classes, BLOCK=1024
-    )
-    out = torch.empty(most, dtype=torch.int32, device=labels.device)
+def flagged_first(flags: Tensor, most: int) -> Tensor:
+    """The first ``most`` classes [most] int32: those that ``flags`` [V] picks, then the others."""
+    num_classes = len(flags)
+    out = torch.empty(most, dtype=torch.int32, device=flags.device)
     flagged_first_kernel[(triton.cdiv(num_classes, FLAG_CLASSES),)](
         flags, out, most, num_classes, BLOCK=FLAG_CLASSES, num_warps=8
     )

@@ -9,7 +9,8 @@ BLOCK_N (i + 1) and walks over D:
     C[y] [BLOCK_N, D]  ->->->      sum of products   [BLOCK_N]
 
 2NKD flop, two rows read a label, 4NK bytes written, no workspace. Products and sums in float32. A
-label outside of [0, V) gets 0: one that is ignored, or a class of another vocabulary shard.
+label outside of [0, V) gets 0: one that is ignored, or a class of another vocabulary shard. Which
+classes are labels is noted on the way, where asked for.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def indexed_matmul_kernel(
     bias_ptr,
     labels_ptr,
     target_logit_ptr,
+    flags_ptr,
     num_labels,
     num_targets,
     num_classes,
@@ -62,10 +64,15 @@ def indexed_matmul_kernel(
         bias = tl.load(bias_ptr + labels, mask=known, other=0.0).to(tl.float32)
     z = logits_of(tl.sum(total, 1), bias, logit_scale, softcap)
     tl.store(target_logit_ptr + places, tl.where(known, z, 0.0), mask=places < num_labels)
+    if flags_ptr is not None:
+        tl.store(flags_ptr + labels, tl.full((BLOCK_N,), 1, tl.int8), mask=known)
 
 
-def indexed_matmul(head: Head, labels: Tensor) -> Tensor:
-    """``target_logit`` float32 for labels [N] or [N, K], contiguous; 0 where one is no class."""
+def indexed_matmul(head: Head, labels: Tensor, flags: Tensor | None = None) -> Tensor:
+    """``target_logit`` float32 for labels [N] or [N, K], contiguous; 0 where one is no class.
+
+    ``flags`` [V] int8, if given, becomes 1 at every label.
+    """
     hidden, classifier = head.hidden, head.classifier
     target_logit = torch.empty_like(labels, dtype=torch.float32)
     grid = (triton.cdiv(labels.numel(), BLOCK_N),)
@@ -75,6 +82,7 @@ def indexed_matmul(head: Head, labels: Tensor) -> Tensor:
         head.bias,
         labels,
         target_logit,
+        flags,
         labels.numel(),
         labels.shape[1:].numel(),
         *classifier.shape,

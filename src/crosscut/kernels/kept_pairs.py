@@ -33,7 +33,6 @@ import triton.language as tl
 from torch import Tensor
 
 from crosscut.kernels.flags import FLAG_CLASSES, count_flags
-from crosscut.kernels.kept_rows import KeptRows
 from crosscut.kernels.launch import kernel
 
 CELL = 64
@@ -56,27 +55,6 @@ class KeptPairs(NamedTuple):
     popular_slot: Tensor  # [blocks, MOST_POPULAR] int32, -1 where not kept; of popular classes
     num_rows: Tensor  # [1] int32, the rows that take part; -1 if the pairs are of no use
     exact_rows: Tensor  # [1] int32, the same the other way round
-
-
-@kernel
-def keep_labels_kernel(
-    column_mass_ptr, labels_ptr, rows_ptr, num_rows_ptr, num_classes, BLOCK_N: tl.constexpr
-):
-    """Program b marks the labels of its block."""
-    num_rows = tl.load(num_rows_ptr)
-    places = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.load(rows_ptr + places, mask=places < num_rows, other=0)
-    labels = tl.load(labels_ptr + rows, mask=places < num_rows, other=-1)
-    known = (labels >= 0) & (labels < num_classes)
-    mass = column_mass_ptr + tl.program_id(0).to(tl.int64) * num_classes + labels
-    tl.store(mass, tl.full((BLOCK_N,), -1.0, tl.float32), mask=known)  # KEPT
-
-
-def keep_labels(column_mass: Tensor, labels: Tensor, kept: KeptRows, block_n: int) -> None:
-    """Mark the label of every row that takes part as kept by its block of ``block_n``."""
-    keep_labels_kernel[(len(column_mass),)](
-        column_mass, labels, kept.rows, kept.count, column_mass.shape[1], BLOCK_N=block_n
-    )
 
 
 @kernel

@@ -29,10 +29,11 @@ CAN_COMPILE_AHEAD = (
 
 _CHANGING = (
     "num_tokens", "num_labels", "num_rows", "num_blocks", "last_phase", "num_columns", "most_live",
-    "stride_m", "stride_k",
+    "stride_m", "stride_k", "stride_d_lse", "stride_d_target", "stride_d_sum", "stride_d_entropy",
 )  # fmt: skip
-"""Sizes that follow the number of tokens. Triton would compile a kernel anew for those that are 1,
-for those that 16 divides and for all others: in the middle of a training."""
+"""Sizes that follow the number of tokens, and strides of what may be expanded. Triton would compile
+a kernel anew for those that are 1, for those that 16 divides and for all others: in the middle of a
+training."""
 
 _device_ahead: ContextVar[torch.device | None] = ContextVar("device_ahead", default=None)
 

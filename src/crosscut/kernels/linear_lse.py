@@ -308,71 +308,86 @@ def combine_slices_kernel(
     slice_weighted_ptr,
     slice_ranks,
     num_rows_ptr,
-    rows_ptr,
-    highest_ptr,
-    total_ptr,
+    place_ptr,
+    lse_ptr,
     logit_sum_ptr,
     slope_mean_ptr,
-    distance_mean_ptr,
+    entropy_ptr,
     ranks,  # (rank, best_class) pointers, or None
+    labels_ptr,  # where a label's column is to be KEPT
+    column_mass_ptr,
+    num_tokens,
     num_classes,
     programs,
     most_tiles,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One program a token tile; slices in order. [R, slices] in, [N] out, at the rows' places."""
-    num_rows = tl.load(num_rows_ptr)
-    token_tiles, class_tiles = tl.cdiv(num_rows, BLOCK_N), tl.cdiv(num_classes, BLOCK_V)
+    """One program BLOCK_N tokens; slices in order. [R, slices] in, [N] out."""
+    token_tiles = tl.cdiv(tl.load(num_rows_ptr), BLOCK_N)
+    class_tiles = tl.cdiv(num_classes, BLOCK_V)
     _group, wide, _width, has_last = slices_of(token_tiles, class_tiles, programs, most_tiles)
     slices = wide + has_last
-    tile = tl.program_id(0)
-    if tile < token_tiles:
-        rows, valid, _first, _no_gap = load_rows(rows_ptr, tile, num_rows, BLOCK_N)
-        place = (tile * BLOCK_N + tl.arange(0, BLOCK_N)) * slices
-        highest = tl.full((BLOCK_N,), -float("inf"), tl.float32)
-        total = tl.zeros((BLOCK_N,), tl.float32)
-        logit_sum = tl.zeros((BLOCK_N,), tl.float32)
-        sloped = tl.zeros((BLOCK_N,), tl.float32)
-        weighted = tl.zeros((BLOCK_N,), tl.float32)
-        rank = tl.zeros((BLOCK_N,), tl.int32)
-        best_logit = tl.full((BLOCK_N,), -float("inf"), tl.float32)
-        best_class = tl.zeros((BLOCK_N,), tl.int32)
-        for index in range(slices):
-            slice_highest = tl.load(slice_highest_ptr + place + index, mask=valid, other=0.0)
-            slice_total = tl.load(slice_total_ptr + place + index, mask=valid, other=0.0)
-            higher = tl.maximum(highest, slice_highest)
-            reference = tl.where(higher == -float("inf"), 0.0, higher)
-            old, new = tl.exp(highest - reference), tl.exp(slice_highest - reference)
-            if slice_weighted_ptr is not None:
-                slice_weighted = tl.load(slice_weighted_ptr + place + index, mask=valid, other=0.0)
-                weighted += total * tl.maximum(highest - reference, NEGLIGIBLE)
-                slice_weighted += slice_total * tl.maximum(slice_highest - reference, NEGLIGIBLE)
-                weighted = weighted * old + slice_weighted * new
-            total = total * old + slice_total * new
-            highest = higher
-            if slice_sum_ptr is not None:
-                logit_sum += tl.load(slice_sum_ptr + place + index, mask=valid, other=0.0)
-            if slice_sloped_ptr is not None:
-                slice_sloped = tl.load(slice_sloped_ptr + place + index, mask=valid, other=0.0)
-                sloped = sloped * old + slice_sloped * new
-            if slice_ranks is not None:
-                rank += tl.load(slice_ranks[0] + place + index, mask=valid, other=0)
-                slice_best = tl.load(slice_ranks[1] + place + index, mask=valid, other=0.0)
-                slice_class = tl.load(slice_ranks[2] + place + index, mask=valid, other=0)
-                best_class = tl.where(slice_best > best_logit, slice_class, best_class)
-                best_logit = tl.maximum(best_logit, slice_best)
-        tl.store(highest_ptr + rows, highest, mask=valid)
-        tl.store(total_ptr + rows, total, mask=valid)
-        if logit_sum_ptr is not None:
-            tl.store(logit_sum_ptr + rows, logit_sum, mask=valid)
-        if slope_mean_ptr is not None:
-            tl.store(slope_mean_ptr + rows, sloped / tl.where(valid, total, 1.0), mask=valid)
-        if distance_mean_ptr is not None:
-            tl.store(distance_mean_ptr + rows, weighted / tl.where(valid, total, 1.0), mask=valid)
-        if ranks is not None:
-            tl.store(ranks[0] + rows, rank, mask=valid)
-            tl.store(ranks[1] + rows, best_class, mask=valid)
+    tokens = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = tokens < num_tokens
+    place = tl.load(place_ptr + tokens, mask=inside, other=-1)
+    valid = place >= 0
+    first = place * slices
+    highest = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    logit_sum = tl.zeros((BLOCK_N,), tl.float32)
+    sloped = tl.zeros((BLOCK_N,), tl.float32)
+    weighted = tl.zeros((BLOCK_N,), tl.float32)
+    rank = tl.zeros((BLOCK_N,), tl.int32)
+    best_logit = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+    best_class = tl.zeros((BLOCK_N,), tl.int32)
+    for index in range(slices):
+        slice_highest = tl.load(slice_highest_ptr + first + index, mask=valid, other=0.0)
+        slice_total = tl.load(slice_total_ptr + first + index, mask=valid, other=0.0)
+        higher = tl.maximum(highest, slice_highest)
+        reference = tl.where(higher == -float("inf"), 0.0, higher)
+        old, new = tl.exp(highest - reference), tl.exp(slice_highest - reference)
+        if slice_weighted_ptr is not None:
+            slice_weighted = tl.load(slice_weighted_ptr + first + index, mask=valid, other=0.0)
+            weighted += total * tl.maximum(highest - reference, NEGLIGIBLE)
+            slice_weighted += slice_total * tl.maximum(slice_highest - reference, NEGLIGIBLE)
+            weighted = weighted * old + slice_weighted * new
+        total = total * old + slice_total * new
+        highest = higher
+        if slice_sum_ptr is not None:
+            logit_sum += tl.load(slice_sum_ptr + first + index, mask=valid, other=0.0)
+        if slice_sloped_ptr is not None:
+            slice_sloped = tl.load(slice_sloped_ptr + first + index, mask=valid, other=0.0)
+            sloped = sloped * old + slice_sloped * new
+        if slice_ranks is not None:
+            rank += tl.load(slice_ranks[0] + first + index, mask=valid, other=0)
+            slice_best = tl.load(slice_ranks[1] + first + index, mask=valid, other=0.0)
+            slice_class = tl.load(slice_ranks[2] + first + index, mask=valid, other=0)
+            best_class = tl.where(slice_best > best_logit, slice_class, best_class)
+            best_logit = tl.maximum(best_logit, slice_best)
+
+    # In float64: a float32 kernel's logarithm is rough, and every gradient has its error.
+    total = tl.where(valid, total, 1.0)
+    log_total = tl.log(total.to(tl.float64))
+    lse = tl.where(valid, highest.to(tl.float64) + log_total, 0.0)
+    tl.store(lse_ptr + tokens, lse.to(tl.float32), mask=inside)
+    if logit_sum_ptr is not None:
+        tl.store(logit_sum_ptr + tokens, tl.where(valid, logit_sum, 0.0), mask=inside)
+    if slope_mean_ptr is not None:
+        tl.store(slope_mean_ptr + tokens, tl.where(valid, sloped / total, 0.0), mask=inside)
+    if entropy_ptr is not None:
+        entropy = log_total.to(tl.float32) - weighted / total
+        entropy = tl.where((entropy < 0) | (place < 0), 0.0, entropy)  # a NaN stays one
+        tl.store(entropy_ptr + tokens, entropy, mask=inside)
+    if ranks is not None:
+        tl.store(ranks[0] + tokens, tl.where(valid, rank, 0), mask=inside)
+        tl.store(ranks[1] + tokens, tl.where(valid, best_class, 0), mask=inside)
+    if column_mass_ptr is not None:
+        label = tl.load(labels_ptr + tokens, mask=valid, other=-1)
+        known = (label >= 0) & (label < num_classes)
+        mass = column_mass_ptr + (place // BLOCK_N).to(tl.int64) * num_classes + label
+        kept = tl.full((BLOCK_N,), KEPT, tl.float32)
+        tl.store(mass, kept, mask=known)
 
 
 class Wanted(NamedTuple):
@@ -394,27 +409,33 @@ class LinearLse(NamedTuple):
     best_class: Tensor | None = None  # [N] int32, the first of all but the label
 
 
+class Columns(NamedTuple):
+    """Column masses to be stored."""
+
+    mass: (
+        Tensor  # [token tiles, V], any float dtype, contiguous. For each tile of BLOCK_N kept rows
+    )
+    # ``sum_n slope p / drop_below``, or KEPT from 1 on and for the rows' labels
+    labels: Tensor  # [N] int64
+    reference: Tensor  # [N] float32, a lower bound of ``lse``
+    drop_below: float
+
+
 def linear_lse(
     head: Head,
     kept: KeptRows,
     tiles: Tiles,
     wanted: Wanted | None = None,
-    *,
-    column_mass: Tensor | None = None,
-    reference: Tensor | None = None,
-    drop_below: float = 1.0,
+    columns: Columns | None = None,
 ) -> LinearLse:
-    """``lse`` and what is ``wanted``; fills ``column_mass``.
+    """``lse`` and what is ``wanted``; fills ``columns.mass``.
 
     Args:
         head: the head, with contiguous hidden states.
         kept: the rows that take part.
         tiles: BLOCK_N tokens x BLOCK_V classes, in steps of BLOCK_D dimensions.
         wanted: what else to find; nothing if None.
-        column_mass: [token tiles, V], any float dtype, contiguous, or None; for each tile of
-            BLOCK_N kept rows ``sum_n slope p / drop_below``, or KEPT from 1 on.
-        reference: [N] float32, a lower bound of ``lse``; needed with ``column_mass``.
-        drop_below: see ``column_mass``.
+        columns: where to store column masses, or None.
     """
     logit_weight, entropy, target = wanted or Wanted()
     hidden, classifier = head.hidden, head.classifier
@@ -425,10 +446,10 @@ def linear_lse(
     most_groups = min(triton.cdiv(token_tiles, most_tiles) + MORE_GROUPS.value, token_tiles)
     slots = tiles.block_n * (most_groups * programs + token_tiles)  # for any number of rows
 
-    def new(size: int, value: float | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        empty = torch.empty(size, dtype=dtype, device=hidden.device)
-        return empty if value is None else empty.fill_(value)
+    def new(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=hidden.device)
 
+    column_mass, column_labels, reference, drop_below = columns or (None, None, None, 1.0)
     sloped = column_mass is not None and head.softcap is not None
     slice_highest, slice_total = new(slots), new(slots)
     slice_sum = None if logit_weight is None else new(slots)
@@ -436,7 +457,7 @@ def linear_lse(
     slice_weighted = new(slots) if entropy else None
     slice_ranks = None
     if target is not None:
-        slice_ranks = (new(slots, dtype=torch.int32), new(slots), new(slots, dtype=torch.int32))
+        slice_ranks = new(slots, torch.int32), new(slots), new(slots, torch.int32)
     linear_lse_kernel[(programs,)](
         hidden,
         descriptor(hidden, (tiles.block_n, tiles.block_d), tiles),
@@ -466,22 +487,19 @@ def linear_lse(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
-    highest, total = new(num_tokens, 0), new(num_tokens, 1)
-    logit_sum = None if logit_weight is None else new(num_tokens, 0)
-    slope_mean = new(num_tokens, 0) if sloped else None
-    distance_mean = new(num_tokens, 0) if entropy else None
-    ranks = None
-    if target is not None:
-        ranks = (new(num_tokens, 0, torch.int32), new(num_tokens, 0, torch.int32))
+    found = LinearLse(
+        lse=new(num_tokens),
+        logit_sum=None if logit_weight is None else new(num_tokens),
+        slope_mean=new(num_tokens) if sloped else None,
+        entropy=new(num_tokens) if entropy else None,
+        rank=None if target is None else new(num_tokens, torch.int32),
+        best_class=None if target is None else new(num_tokens, torch.int32),
+    )
+    *vectors, rank, best_class = found
     combine_slices_kernel[(token_tiles,)](
         slice_highest, slice_total, slice_sum, slice_sloped, slice_weighted, slice_ranks,
-        kept.count, kept.rows, highest, total, logit_sum, slope_mean, distance_mean, ranks,
-        num_classes, programs, most_tiles,
+        kept.count, kept.place, *vectors, None if target is None else (rank, best_class),
+        column_labels, column_mass, num_tokens, num_classes, programs, most_tiles,
         BLOCK_N=tiles.block_n, BLOCK_V=tiles.block_v, num_warps=4,
     )  # fmt: skip
-    # PyTorch's logarithm is more accurate than a kernel's, and every gradient has its error.
-    log_total = total.log()
-    found = LinearLse(highest + log_total, logit_sum, slope_mean)
-    if distance_mean is not None:
-        found = found._replace(entropy=(log_total - distance_mean).clamp_min(0))
-    return found if ranks is None else found._replace(rank=ranks[0], best_class=ranks[1])
+    return found

@@ -16,6 +16,24 @@ BLOCK_N = 8
 BLOCK_D = 256
 
 
+@triton.jit
+def move_to(
+    out_ptr, rows, num_rows, source_ptr, index, scale, hidden_size, stride_row, stride_d,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """``out[rows] = scale * source[index]``, both [BLOCK_N] int64; ``scale`` may be None."""
+    for start in range(0, hidden_size, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D).to(tl.int64)[None, :]  # [1, BLOCK_D]
+        mask = (d < hidden_size) & (index >= 0)[:, None]
+        place = source_ptr + index[:, None] * stride_row + d * stride_d
+        value = tl.load(place, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
+        if scale is not None:
+            value = value.to(tl.float32) * scale
+        value = value.to(out_ptr.dtype.element_ty)
+        mask = (d < hidden_size) & (rows < num_rows)[:, None]
+        tl.store(out_ptr + rows[:, None] * hidden_size + d, value, mask=mask)
+
+
 @kernel
 def move_rows_kernel(
     source_ptr,
@@ -34,16 +52,13 @@ def move_rows_kernel(
     if gate_ptr is not None:
         num_rows = tl.where(tl.load(gate_ptr) < 0, 0, num_rows)
     index = tl.load(index_ptr + rows, mask=rows < num_rows, other=-1).to(tl.int64)
-    for start in range(0, hidden_size, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D).to(tl.int64)[None, :]  # [1, BLOCK_D]
-        mask = (d < hidden_size) & (index >= 0)[:, None]
-        place = source_ptr + index[:, None] * stride_row + d * stride_d
-        value = tl.load(place, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
-        if scale_ptr is not None:
-            value = value.to(tl.float32) * tl.load(scale_ptr)
-        value = value.to(out_ptr.dtype.element_ty)
-        mask = (d < hidden_size) & (rows < num_rows)[:, None]
-        tl.store(out_ptr + rows[:, None] * hidden_size + d, value, mask=mask)
+    scale = None
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr)
+    move_to(
+        out_ptr, rows, num_rows, source_ptr, index, scale, hidden_size, stride_row, stride_d,
+        BLOCK_D,
+    )  # fmt: skip
 
 
 def move_rows(

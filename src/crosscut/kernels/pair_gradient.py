@@ -45,6 +45,9 @@ from crosscut.kernels.tiles import (
     num_programs,
 )
 
+TAIL_D = 128
+"""Dimensions of a program that sums over a block's tokens."""
+
 
 class PairGradient(NamedTuple):
     """dz of the kept pairs, and sums of the kept softmax by tile of slots. Float32 but for dz."""
@@ -233,20 +236,24 @@ def pair_gradient(
 @kernel
 def tail_kernel(
     num_rows_ptr,
+    hidden_ptr,
     vectors_ptr,
     slope_mean_ptr,
+    rows_ptr,
     cell_start_ptr,
     tail_ptr,
     kept_mass_ptr,
     entry_mass_ptr,
     rest_ptr,
-    for_hidden_ptr,
-    for_classifier_ptr,
+    by_token_ptr,
+    by_block_ptr,
     cells,
+    hidden_size,
     BLOCK_N: tl.constexpr,
     SLOTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """Program b owns the tokens of block b."""
+    """Program (b, i) owns the tokens of block b in BLOCK_D dimensions; (b, 0) what has none too."""
     block = tl.program_id(0)
     num_rows = tl.load(num_rows_ptr)
     in_block = tl.arange(0, BLOCK_N)
@@ -267,32 +274,48 @@ def tail_kernel(
     d_lse = tl.load(vectors_ptr + tokens * 4 + 1, mask=valid, other=0.0)
     mass = tl.full((BLOCK_N,), 1.0, tl.float32)
     if slope_mean_ptr is not None:
-        mass = tl.load(slope_mean_ptr + tokens, mask=valid, other=0.0)
+        rows = tl.load(rows_ptr + tokens, mask=valid, other=0)
+        mass = tl.load(slope_mean_ptr + rows, mask=valid, other=0.0)
     # Where nothing is left there is nothing to stand for.
-    left = d_lse * tl.maximum(mass - kept, 0.0) / tl.where(tail > 0, tail, float("inf"))
-    tl.store(for_hidden_ptr + tokens, tl.where(valid, left, 0.0))
+    if tl.program_id(1) == 0:
+        left = d_lse * tl.maximum(mass - kept, 0.0) / tl.where(tail > 0, tail, float("inf"))
+        tl.store(by_token_ptr + tokens, tl.where(valid, left, 0.0))
     tail += rest
     left = d_lse * tl.maximum(mass - entered, 0.0) / tl.where(tail > 0, tail, float("inf"))
-    tl.store(for_classifier_ptr + tokens, tl.where(valid, left, 0.0))
+    left = tl.where(valid, left, 0.0)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    place = hidden_ptr + tokens.to(tl.int64)[:, None] * hidden_size + d[None, :]
+    h = tl.load(place, mask=(d < hidden_size)[None, :], other=0.0).to(tl.float32)
+    total = tl.sum(left[:, None] * h, 0)
+    place = by_block_ptr + block * hidden_size + d
+    tl.store(place, total.to(by_block_ptr.dtype.element_ty), mask=d < hidden_size)
 
 
 def tail_of_tokens(
     tokens: Tokens,
-    slope_mean: Tensor | None,
+    slope_mean: tuple[Tensor, Tensor] | None,
     pairs: KeptPairs,
     gradient: PairGradient,
     tiles: Tiles,
 ) -> tuple[Tensor, Tensor]:
-    """What stands for the tail, ``x[n] * column_mass[b, v]``: ``x`` for dH, and for dC.
+    """What stands for the tail, ``x[n] * column_mass[b, v]``, of dH by token and of dC by block.
 
-    Both [blocks * BLOCK_N] float32, 0 past the last token: ``d_lse`` times the token's mass that is
-    in no kept pair, or in no entry, over the sum of the column masses that go with it.
+    ``x`` is ``d_lse`` times the token's mass that is in no kept pair, or in no entry, over the sum
+    of the column masses that go with it; ``slope_mean`` [N] float32 is a token's whole mass, if not
+    1, with the rows [N] int32 of the tokens in it.
+
+    Returns:
+        ``x`` for dH, [blocks * BLOCK_N] float32, 0 past the last token; and ``sum_n x[n] H[n]`` for
+        dC, [blocks, D] bfloat16, whose range it needs.
     """
     blocks, cells = len(pairs.tail), pairs.cell_start.shape[1] - 1
-    out = torch.empty(2, blocks * tiles.block_n, dtype=torch.float32, device=pairs.tail.device)
-    tail_kernel[(blocks,)](
-        tokens.num_rows, tokens.vectors, slope_mean, pairs.cell_start, pairs.tail,
-        gradient.kept_mass, gradient.entry_mass, gradient.rest, out[0], out[1], cells,
-        BLOCK_N=tiles.block_n, SLOTS=tiles.block_v,
+    hidden_size = tokens.hidden.shape[1]
+    by_token = torch.empty(blocks * tiles.block_n, dtype=torch.float32, device=pairs.tail.device)
+    by_block = tokens.hidden.new_empty(blocks, hidden_size, dtype=torch.bfloat16)
+    tail_kernel[(blocks, triton.cdiv(hidden_size, TAIL_D))](
+        tokens.num_rows, tokens.hidden, tokens.vectors, *(slope_mean or (None, None)),
+        pairs.cell_start, pairs.tail, gradient.kept_mass, gradient.entry_mass, gradient.rest,
+        by_token, by_block, cells, hidden_size,
+        BLOCK_N=tiles.block_n, SLOTS=tiles.block_v, BLOCK_D=TAIL_D,
     )  # fmt: skip
-    return out[0], out[1]
+    return by_token, by_block

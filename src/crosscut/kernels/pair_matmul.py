@@ -226,7 +226,7 @@ def popular_rows(
         tokens: those that take part, zeros up to a multiple of BLOCK_N.
         dz: [slots, BLOCK_N].
         pairs: the lists.
-        tail: column masses [blocks, V] and rows ``w`` [blocks, D], in the dtype of ``dz``.
+        tail: column masses [blocks, V] and rows ``w`` [blocks, D], both bfloat16.
         scale: [1] float32.
         tiles: BLOCK_N classes x BLOCK_V dimensions, in steps of BLOCK_D tokens.
     """

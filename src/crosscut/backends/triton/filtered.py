@@ -73,23 +73,19 @@ def _from_kept_pairs(
     gradient = pair_gradient(head, tokens, pairs, column_mass, tiles, drop_below=unit, entry=entry)
     slope_mean = None
     if problem.options.softcap is not None:
-        slope_mean = statistics.tail_mass[kept.rows.clamp_min(0).long()]
-    for_hidden, for_classifier = tail_of_tokens(tokens, slope_mean, pairs, gradient, tiles)
+        slope_mean = statistics.tail_mass, kept.rows
+    x, rows = tail_of_tokens(tokens, slope_mean, pairs, gradient, tiles)
     if out.hidden is not None and by_block is not None:
         out.hidden.zero_()
         hidden_rows(
             out.hidden, tokens, kept.rows, gradient.dz, classifier, pairs,
-            (for_hidden, by_block), scale, choose_tiles(Kernel.PAIR_MATMUL, hidden),
+            (x, by_block), scale, choose_tiles(Kernel.PAIR_MATMUL, hidden),
         )  # fmt: skip
     if out.classifier is not None:
         most = ENTRIES_PER_TOKEN * len(hidden)
         entries = list_entries(kept.count, tokens, pairs, gradient, most=most, entry=entry)
         exact_rows = entries.exact_rows
         tokens = tokens._replace(num_rows=entries.num_rows)
-        rows = torch.bmm(
-            for_classifier.view(blocks, 1, -1).to(column_mass),
-            tokens.hidden.view(blocks, -1, hidden.shape[1]).to(column_mass),
-        )[:, 0]  # [blocks, D]
         tail = column_mass, rows
         tiles = choose_tiles(Kernel.ENTRY_MATMUL, hidden)
         classifier_rows(out.classifier, tokens, entries, pairs, tail, scale, tiles)

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from crosscut.backends.protocol import HeadProblem, Statistics
-from crosscut.backends.triton.column_filter import block_tokens, drop_below
-from crosscut.kernels.flags import labels_first
+from crosscut.backends.triton.column_filter import drop_below
+from crosscut.kernels.flags import flagged_first
 from crosscut.kernels.indexed_matmul import indexed_matmul
-from crosscut.kernels.kept_pairs import keep_labels
 from crosscut.kernels.kept_rows import kept_tokens
-from crosscut.kernels.linear_lse import LinearLse, Wanted, linear_lse
+from crosscut.kernels.linear_lse import Columns, LinearLse, Wanted, linear_lse
 from crosscut.kernels.move_rows import move_rows
 from crosscut.kernels.tiles import Head, Kernel, choose_tiles
 
@@ -32,7 +31,11 @@ def compute_statistics(problem: HeadProblem, like: Statistics) -> Statistics:
         torch._assert_async((labels < num_classes).all())
     head = Head(hidden, problem.classifier, bias, options.logit_scale, options.softcap)
     kept = kept_tokens(labels)
-    target_logit = indexed_matmul(head, labels)
+    num_scouts = min(MOST_SCOUTS, num_classes // 16) if len(like.column_mass) else 0
+    flags = None
+    if num_scouts:
+        flags = torch.zeros(num_classes, dtype=torch.int8, device=labels.device)
+    target_logit = indexed_matmul(head, labels, flags)
     wanted = Wanted(weight, problem.entropy, (labels, target_logit) if problem.ranks else None)
     if not len(like.column_mass):
         much = weight is not None or problem.ranks
@@ -40,23 +43,17 @@ def compute_statistics(problem: HeadProblem, like: Statistics) -> Statistics:
         found = linear_lse(head, kept, tiles, wanted)
         return _filled(like._replace(target_logit=target_logit), found, labels)
 
-    tiles = choose_tiles(Kernel.LSE, hidden)
     reference = target_logit
-    num_scouts = min(MOST_SCOUTS, num_classes // 16)
-    if num_scouts:
-        scouts = labels_first(labels, num_classes, num_scouts)
-        some = move_rows(hidden.new_empty(len(scouts), hidden.shape[1]), problem.classifier, scouts)
-        reference = torch.maximum(
-            reference, linear_lse(head._replace(classifier=some), kept, tiles).lse
-        )
-    column_mass = like.column_mass.zero_()
+    if flags is not None:
+        scouts = flagged_first(flags, num_scouts)
+        some = move_rows(hidden.new_empty(num_scouts, hidden.shape[1]), problem.classifier, scouts)
+        tiles = choose_tiles(Kernel.LSE, hidden)
+        scouted = linear_lse(head._replace(classifier=some), kept, tiles)
+        reference = torch.maximum(reference, scouted.lse)
     least = problem.ranks or (problem.entropy and options.softcap is not None)
     tiles = choose_tiles(Kernel.WEIGHTED_LSE if least else Kernel.MASS_LSE, hidden)
-    found = linear_lse(
-        head, kept, tiles, wanted,
-        column_mass=column_mass, reference=reference, drop_below=drop_below(num_classes),
-    )  # fmt: skip
-    keep_labels(column_mass, labels, kept, block_tokens(problem))
+    columns = Columns(like.column_mass.zero_(), labels, reference, drop_below(num_classes))
+    found = linear_lse(head, kept, tiles, wanted, columns)
     return _filled(like._replace(target_logit=target_logit), found, labels)
 
 

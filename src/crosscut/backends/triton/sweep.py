@@ -29,6 +29,7 @@ from torch import Tensor
 
 from crosscut.backends.protocol import Cotangents, Gradients, HeadProblem, Statistics
 from crosscut.kernels.exact_sweep import SweepOutputs, exact_sweep
+from crosscut.kernels.gather_tokens import PerToken, gather_tokens
 from crosscut.kernels.kept_rows import KeptRows, kept_tokens
 from crosscut.kernels.move_rows import move_rows
 from crosscut.kernels.softmax_gradient import HeadChunk, Tokens, softmax_gradient
@@ -50,7 +51,7 @@ class KeptTokens(NamedTuple):
 
     kept: KeptRows
     tokens: Tokens
-    lift: Tensor  # [], the power of two that the cotangents are multiplied by
+    lift: Tensor | None  # [], the power of two that the cotangents are multiplied by, if not 1
     scale: Tensor  # [1], what a product of lifted gradients is multiplied by
 
 
@@ -93,7 +94,7 @@ def _sweep_at_once(problem: HeadProblem, together: KeptTokens, out: Gradients) -
         tokens, SweepOutputs(d_hidden, out.classifier, class_sum), dz, scale, gradient, matmul,
     )  # fmt: skip
     if out.bias is not None and class_sum is not None:
-        out.bias.copy_(class_sum / lift)
+        out.bias.copy_(class_sum if lift is None else class_sum / lift)
     return d_hidden
 
 
@@ -101,7 +102,8 @@ def _workspace(problem: HeadProblem, width: int) -> Tensor:
     """For dz of a chunk: whole tiles of tokens, zeros past the last."""
     num_tokens = len(problem.hidden)
     dz = problem.hidden.new_empty(math.ceil(num_tokens / TILE) * TILE, width)
-    dz[num_tokens:] = 0
+    if num_tokens % TILE:
+        dz[num_tokens:] = 0
     return dz
 
 
@@ -171,8 +173,8 @@ class _Chunks:
             sums = workspace.unflatten(0, (-1, TILE)).sum(1, dtype=torch.float32)
             if alive is not None and "full" not in policy:
                 sums *= alive.repeat_interleave(TILE, 1)[:, : sums.shape[1]]
-            d_bias = (sums.sum(0) / self.lift).to(self.d_bias)
-            self.d_bias[classes if out_rows is None else out_rows] = d_bias
+            d_bias = sums.sum(0) if self.lift is None else sums.sum(0) / self.lift
+            self.d_bias[classes if out_rows is None else out_rows] = d_bias.to(self.d_bias)
 
     def _chunk(self, classes: slice) -> tuple[HeadChunk, Tensor | None]:
         """Some classes in order, and which they are unless they are ``classes``."""
@@ -202,46 +204,50 @@ class _Chunks:
 def side_by_side(
     problem: HeadProblem, statistics: Statistics, cotangents: Cotangents, *, block_n: int
 ) -> KeptTokens:
-    """The tokens that take part, then zeros up to a multiple of ``block_n``.
-
-    float16 has too little range for the gradients of logits: the largest there may be is brought
-    near 2**14, and what comes of them is divided by the same power.
-    """
+    """The tokens that take part, then zeros up to a multiple of ``block_n``."""
     kept = kept_tokens(problem.labels)
     d_lse, d_target, d_sum, d_entropy = cotangents
-    d_targets, none = None, torch.zeros_like(d_lse)
-    if d_target.dim() > 1:
-        d_target, d_targets = none, d_target.float()
-    vectors = [statistics.lse, d_lse, d_target, none if d_sum is None else d_sum]
-    if d_entropy is not None:
-        vectors[1] = d_lse - d_entropy * statistics.entropy
-        vectors.append(-d_entropy)
-    vectors = torch.stack(vectors, 1).float()  # [N, 4 or 5]
-    lift = torch.ones((), device=vectors.device)
+    several = d_target.dim() > 1
+    lift = None
     if problem.hidden.dtype == torch.float16:
-        largest = vectors[:, 1].abs() + vectors[:, 2].abs()
-        if d_entropy is not None:
-            largest += vectors[:, 4].abs() / math.e  # what -p log p is at most
-        if d_targets is not None:
-            largest += d_targets.abs().sum(1)
-        if problem.logit_weight is not None:
-            largest += vectors[:, 3].abs() * problem.logit_weight.abs().max()
-        lift = torch.exp2(14 - largest.amax().clamp(2.0**-100, 2.0**100).log2().ceil())
-        vectors[:, 1:] *= lift
-        d_targets = None if d_targets is None else d_targets * lift
-    num_tokens, hidden_size = problem.hidden.shape
-    hidden = problem.hidden.new_empty(math.ceil(num_tokens / block_n) * block_n, hidden_size)
-    hidden[num_tokens:] = 0
-    move_rows(hidden[:num_tokens], problem.hidden, kept.rows)
-    rows = kept.rows.clamp_min(0).long()
-    tokens = Tokens(
-        kept.count,
-        hidden,
-        problem.labels[rows],
-        move_rows(torch.empty_like(vectors), vectors, kept.rows),
-        None if d_targets is None else d_targets[rows],
+        lift = _lift(problem, statistics, cotangents)
+    of_tokens = PerToken(
+        labels=None if several else problem.labels.contiguous(),
+        lse=statistics.lse,
+        entropy=None if d_entropy is None else statistics.entropy,
+        d_lse=d_lse,
+        d_target=None if several else d_target,
+        d_sum=d_sum,
+        d_entropy=d_entropy,
     )
-    return KeptTokens(kept, tokens, lift, (problem.options.logit_scale / lift).reshape(1))
+    tokens = gather_tokens(problem.hidden, of_tokens, kept, lift, multiple=block_n)
+    if several:
+        rows = kept.rows.clamp_min(0).long()
+        d_targets = d_target[rows].float()
+        tokens = tokens._replace(
+            labels=problem.labels[rows], d_targets=d_targets if lift is None else d_targets * lift
+        )
+    scale = torch.full(
+        (1,), problem.options.logit_scale, dtype=torch.float32, device=problem.hidden.device
+    )
+    return KeptTokens(kept, tokens, lift, scale if lift is None else scale / lift)
+
+
+def _lift(problem: HeadProblem, statistics: Statistics, cotangents: Cotangents) -> Tensor:
+    """float16 has too little range for the gradients of logits: what to multiply them by.
+
+    The largest there may be is brought near 2**14, and what comes of them is divided by the same
+    power.
+    """
+    d_lse, d_target, d_sum, d_entropy = cotangents
+    largest = d_lse.abs()
+    if d_entropy is not None:  # -p log p is at most 1 / e
+        largest = (d_lse - d_entropy * statistics.entropy).abs() + d_entropy.abs() / math.e
+    d_target = d_target.abs()
+    largest = largest + (d_target if d_target.dim() == 1 else d_target.sum(1))
+    if problem.logit_weight is not None and d_sum is not None:
+        largest = largest + d_sum.abs() * problem.logit_weight.abs().max()
+    return torch.exp2(14 - largest.amax().clamp(2.0**-100, 2.0**100).log2().ceil()).float()
 
 
 def _by_mean_logit(problem: HeadProblem, tokens: Tokens) -> Tensor:

@@ -1,0 +1,137 @@
+"""The tokens that take part, side by side: what a backward works on.
+
+With ``rows`` as :mod:`.kept_rows` lists them, place i gets token ``rows[i]``:
+
+    hidden[i]   = H[rows[i]]
+    labels[i]   = y[rows[i]]
+    vectors[i]  = lse, d_lse - d_entropy entropy, d_target, d_sum, and -d_entropy if there is one
+
+Cotangents are multiplied by ``lift`` on the way. Places past the last token are zeros, their label
+-1. Program i owns places BLOCK_N i to BLOCK_N (i + 1). Each token is read and written once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from crosscut.kernels.kept_rows import KeptRows
+from crosscut.kernels.launch import kernel
+from crosscut.kernels.move_rows import BLOCK_D, BLOCK_N, move_to
+from crosscut.kernels.softmax_gradient import Tokens
+
+
+@triton.jit
+def cotangents_of(ptr, rows, stride):
+    """Of some tokens, [BLOCK_N]; 0 past the last, and where the pointer is None."""
+    if ptr is None:
+        return tl.zeros((rows.shape[0],), tl.float32)
+    else:
+        return tl.load(ptr + rows * stride, mask=rows >= 0, other=0.0)
+
+
+@kernel
+def gather_tokens_kernel(
+    rows_ptr,
+    hidden_ptr,
+    labels_ptr,
+    lse_ptr,
+    entropy_ptr,
+    d_lse_ptr,
+    d_target_ptr,
+    d_sum_ptr,
+    d_entropy_ptr,
+    lift_ptr,
+    hidden_out_ptr,
+    labels_out_ptr,
+    vectors_ptr,
+    num_tokens,
+    num_rows,
+    hidden_size,
+    stride_n,
+    stride_d,
+    stride_d_lse,
+    stride_d_target,
+    stride_d_sum,
+    stride_d_entropy,
+    VECTORS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    places = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    inside = places < num_tokens
+    rows = tl.load(rows_ptr + places, mask=inside, other=-1).to(tl.int64)
+    valid = rows >= 0
+    move_to(
+        hidden_out_ptr, places.to(tl.int64), num_rows, hidden_ptr, rows, None, hidden_size,
+        stride_n, stride_d, BLOCK_D,
+    )  # fmt: skip
+    if labels_ptr is not None:
+        label = tl.load(labels_ptr + rows, mask=valid, other=-1)
+        tl.store(labels_out_ptr + places, label, mask=inside)
+
+    lift = 1.0
+    if lift_ptr is not None:
+        lift = tl.load(lift_ptr)
+    d_lse = cotangents_of(d_lse_ptr, rows, stride_d_lse)
+    vectors = vectors_ptr + places * VECTORS
+    if d_entropy_ptr is not None:
+        d_entropy = cotangents_of(d_entropy_ptr, rows, stride_d_entropy)
+        d_lse -= d_entropy * tl.load(entropy_ptr + rows, mask=valid, other=0.0)
+        tl.store(vectors + 4, -d_entropy * lift, mask=inside)
+    tl.store(vectors, tl.load(lse_ptr + rows, mask=valid, other=0.0), mask=inside)
+    tl.store(vectors + 1, d_lse * lift, mask=inside)
+    d_target = cotangents_of(d_target_ptr, rows, stride_d_target)
+    tl.store(vectors + 2, d_target * lift, mask=inside)
+    d_sum = cotangents_of(d_sum_ptr, rows, stride_d_sum)
+    tl.store(vectors + 3, d_sum * lift, mask=inside)
+
+
+class PerToken(NamedTuple):
+    """What goes with the tokens, in the order of the call; cotangents [N] float32, None for 0."""
+
+    labels: Tensor | None  # [N] int64, contiguous; None if the caller gathers them
+    lse: Tensor  # [N] float32
+    entropy: Tensor | None  # [N] float32, where it has a cotangent
+    d_lse: Tensor | None
+    d_target: Tensor | None
+    d_sum: Tensor | None
+    d_entropy: Tensor | None
+
+
+def gather_tokens(
+    hidden: Tensor, of_tokens: PerToken, kept: KeptRows, lift: Tensor | None, *, multiple: int
+) -> Tokens:
+    """The tokens of ``hidden`` [N, D] that are ``kept``, then zeros up to a multiple of tokens.
+
+    ``lift`` [] float32, or None for 1.
+    """
+    num_tokens, hidden_size = hidden.shape
+    cotangents = of_tokens[3:]
+    tokens = Tokens(
+        kept.count,
+        hidden.new_empty(triton.cdiv(num_tokens, multiple) * multiple, hidden_size),
+        kept.rows.new_empty(num_tokens, dtype=torch.int64),
+        of_tokens.lse.new_empty(num_tokens, 4 if of_tokens.d_entropy is None else 5),
+    )
+    gather_tokens_kernel[(triton.cdiv(len(tokens.hidden), BLOCK_N),)](
+        kept.rows,
+        hidden,
+        *of_tokens,
+        lift,
+        tokens.hidden,
+        tokens.labels,
+        tokens.vectors,
+        num_tokens,
+        *tokens.hidden.shape,
+        *hidden.stride(),
+        *(0 if given is None else given.stride(0) for given in cotangents),
+        VECTORS=tokens.vectors.shape[1],
+        BLOCK_N=BLOCK_N,
+        BLOCK_D=BLOCK_D,
+    )
+    return tokens
