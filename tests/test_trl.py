@@ -55,24 +55,39 @@ def _unpatched() -> Iterator[None]:
     setattr(utils, NAME, THEIRS)
 
 
+GPU = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+)
 HEAD = make_head((24, 16, 80), torch.float32, bias=True)
 TOP = F.linear(HEAD.input, HEAD.linear_weight).argmax(-1)
 TARGET = torch.where(torch.arange(24) % 2 == 0, TOP, HEAD.target)  # half of them the top class
 
 
-def call(function: Any, dtype: torch.dtype, *, bias: bool, arguments: tuple[Any, ...]) -> Any:
+def call(
+    function: Any,
+    dtype: torch.dtype,
+    *,
+    bias: bool,
+    arguments: tuple[Any, ...],
+    device: str = "cpu",
+) -> Any:
     """The outputs, and the gradients of a sum of both differentiable ones."""
     hidden, weight, offset = (
-        None if x is None else x.detach().to(dtype).requires_grad_()
+        None if x is None else x.detach().to(device, dtype).requires_grad_()
         for x in (HEAD.input, HEAD.linear_weight, HEAD.linear_bias if bias else None)
     )
-    found = function.apply(hidden, weight, offset, TARGET, *arguments)
+    found = function.apply(hidden, weight, offset, TARGET.to(device), *arguments)
     both = torch.stack([x for x in found[:2] if x is not None])
-    both.backward(cotangents(both))
-    return found, [x.grad for x in (hidden, weight, offset) if x is not None]
+    both.backward(cotangents(both.cpu()).to(device))
+    return (
+        [None if x is None else x.cpu() for x in found],
+        [x.grad.cpu() for x in (hidden, weight, offset) if x is not None],
+    )
 
 
 class TestFunction:
+    @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
     @pytest.mark.parametrize("bias", [False, True])
     @pytest.mark.parametrize(
         "arguments",
@@ -85,11 +100,12 @@ class TestFunction:
         ],
         ids=str,
     )
-    def test_as_good_as_trl(self, arguments, bias):
+    def test_as_good_as_trl(self, arguments, bias, device):
         report = crosscut.patch_trl()
-        ours, mine = call(getattr(utils, NAME), torch.float32, bias=bias, arguments=arguments)
-        theirs, others = call(THEIRS, torch.float32, bias=bias, arguments=arguments)
-        exact, truths = call(Exact, torch.float64, bias=bias, arguments=arguments)
+        how: dict[str, Any] = {"bias": bias, "arguments": arguments}
+        ours, mine = call(getattr(utils, NAME), torch.float32, device=device, **how)
+        theirs, others = call(THEIRS, torch.float32, device=device, **how)
+        exact, truths = call(Exact, torch.float64, **how)
         largest = F.linear(HEAD.input, HEAD.linear_weight).abs().max() / arguments[0]
         for name, own, their, true in zip(
             ("log_probs", *OUTPUTS), ours, theirs, exact, strict=True
