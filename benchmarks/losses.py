@@ -83,7 +83,7 @@ def distillation(teacher: workloads.Workload) -> dict[str, Loss]:
 
         liger = LigerFusedLinearJSD(jsd_beta=0.0)  # the forward divergence
         found["liger-kernel"] = lambda hidden, classifier: liger(
-            hidden, classifier, teacher.hidden, teacher.classifier
+            hidden, classifier, teacher.hidden, teacher.classifier, None
         )
     return found
 

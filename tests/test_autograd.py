@@ -256,6 +256,29 @@ def test_compile_under_no_grad():
     torch.testing.assert_close(found, expected)
 
 
+def test_the_compiler_does_not_look_into_the_operator():
+    """Not even where it skips the function that calls it, and looks into those below."""
+    torch._dynamo.reset()
+    head, graphs = make_head((20, 6, 50), torch.float32), []
+
+    def collect(graph: Any, inputs: Any) -> Any:
+        del inputs
+        graphs.append(graph)
+        return graph.forward
+
+    @torch._dynamo.disable(recursive=False)  # pyright: ignore[reportCallIssue]
+    def skipped() -> Tensor:
+        arguments = (head.input, head.linear_weight, None, head.target, None, None, 1.0)
+        options = ("exact", "auto", False, False, False)
+        return torch.ops.crosscut.token_statistics.default(*arguments, *options)[0]
+
+    found = torch.compile(lambda: skipped() + 1, backend=collect)()
+    logits = F.linear(head.input, head.linear_weight)
+    torch.testing.assert_close(found, logits.logsumexp(-1) + 1)
+    nodes = [node for graph in graphs for node in graph.graph.nodes if node.op.startswith("call")]
+    assert len(nodes) == 1, nodes  # the sum
+
+
 # --- autocast, checkpointing, inference ----------------------------------------------------------
 
 

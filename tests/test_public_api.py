@@ -98,6 +98,21 @@ def test_importing_needs_pytorch_alone():
     assert found.stdout.strip() == "[]"
 
 
+def test_the_first_call_does_not_import_the_compiler():
+    """It takes seconds where files are slow, and who does not compile has no use for it."""
+    script = (
+        "import sys, torch, crosscut\n"
+        "h, c = torch.randn(4, 8).requires_grad_(), torch.randn(16, 8).requires_grad_()\n"
+        "crosscut.linear_cross_entropy(h, c, torch.arange(4)).backward()\n"
+        "assert h.grad.any() and c.grad.any()\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "False"
+
+
 def test_explain_prints_every_verdict():
     head = make_head((4, 3, 5), torch.float32)
     explanation = crosscut.explain(head.input, head.linear_weight, head.target)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crosscut.backends.blocks.distillation import compute_divergences, compute_student_gradients
 from crosscut.backends.protocol import DistillationProblem, Divergences, HeadProblem, Needs
+from crosscut.custom_operator import custom_operator
 from crosscut.options import HeadOptions
 
 
@@ -36,7 +37,7 @@ def divergences(problem: DistillationProblem) -> Divergences:
     )
 
 
-@torch.library.custom_op("crosscut::divergence", mutates_args=())
+@custom_operator("crosscut::divergence")
 def _divergence(
     hidden: Tensor,
     classifier: Tensor,
@@ -62,7 +63,7 @@ def _divergence(
         return compute_divergences(problem)
 
 
-@_divergence.register_fake
+@torch.library.register_fake("crosscut::divergence")
 def _(
     hidden: Tensor,
     classifier: Tensor,
@@ -84,7 +85,7 @@ def _(
     return tuple(hidden.new_empty(size, dtype=dtype) for size in sizes)
 
 
-@torch.library.custom_op("crosscut::divergence_backward", mutates_args=())
+@custom_operator("crosscut::divergence_backward")
 def _divergence_backward(
     d_divergence: Tensor,
     d_hard_lse: Tensor | None,
@@ -124,7 +125,7 @@ def _divergence_backward(
     return d_hidden, d_classifier, d_bias
 
 
-@_divergence_backward.register_fake
+@torch.library.register_fake("crosscut::divergence_backward")
 def _(
     d_divergence: Tensor,
     d_hard_lse: Tensor | None,

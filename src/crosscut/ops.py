@@ -11,6 +11,7 @@ from torch import Tensor
 
 from crosscut.backends import choose
 from crosscut.backends.protocol import Cotangents, HeadProblem, Needs, Statistics
+from crosscut.custom_operator import custom_operator
 from crosscut.options import HeadOptions
 
 
@@ -35,7 +36,7 @@ def token_statistics(problem: HeadProblem, *, for_backward: bool) -> Statistics:
     )
 
 
-@torch.library.custom_op("crosscut::token_statistics", mutates_args=())
+@custom_operator("crosscut::token_statistics")
 def _token_statistics(
     hidden: Tensor,
     classifier: Tensor,
@@ -56,7 +57,7 @@ def _token_statistics(
         return choose(problem).forward(problem, for_backward=for_backward)
 
 
-@_token_statistics.register_fake
+@torch.library.register_fake("crosscut::token_statistics")
 def _(
     hidden: Tensor,
     classifier: Tensor,
@@ -76,7 +77,7 @@ def _(
     return choose(problem).forward_like(problem, for_backward=for_backward)
 
 
-@torch.library.custom_op("crosscut::token_statistics_backward", mutates_args=())
+@custom_operator("crosscut::token_statistics_backward")
 def _token_statistics_backward(
     d_lse: Tensor,
     d_target_logit: Tensor,
@@ -111,7 +112,7 @@ def _token_statistics_backward(
     return d_hidden, d_classifier, d_bias
 
 
-@_token_statistics_backward.register_fake
+@torch.library.register_fake("crosscut::token_statistics_backward")
 def _(
     d_lse: Tensor,
     d_target_logit: Tensor,
