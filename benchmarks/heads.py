@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,10 +35,7 @@ def main(folder: str, machine: str, *wanted: str) -> None:
             name=model, tokens=int(tokens), device=device,
             logits_times=float(times[0]) if times else 1.0,
         )  # fmt: skip
-        some = replace(
-            head, hidden=head.hidden[: request.tokens], labels=head.labels[: request.tokens]
-        )
-        workload = workloads.from_real_head(some, workloads.MODELS[model], request, bars)
+        workload = workloads.from_real_head(head, workloads.MODELS[model], request, bars)
         chosen, left_out = contenders.choose(against, device, "bf16")
         plan = Plan(
             contenders=chosen, left_out=left_out, repeats=repeats,

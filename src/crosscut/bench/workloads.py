@@ -132,13 +132,14 @@ def make(request: WorkloadRequest, progress: Progress) -> Workload:
 def from_real_head(
     head: RealHead, shape: HeadShape, request: WorkloadRequest, progress: Progress
 ) -> Workload:
-    """The real head's logits in another head's shape."""
+    """The real head's logits in another head's shape: the first tokens, if there are more."""
     dtype, device = DTYPES[request.dtype], request.device
     classes = choose_classes(head.vocabulary, of=len(head.classifier), keep=shape.vocab)
     place = torch.full((len(head.classifier),), -1)
     place[classes] = torch.arange(shape.vocab)
 
-    hidden, source = head.hidden * request.logits_times, head.source
+    first = slice(request.tokens)
+    hidden, source = head.hidden[first] * request.logits_times, head.source
     if shape.hidden == head.classifier.shape[1]:
         rows = head.classifier if shape.vocab == len(head.classifier) else head.classifier[classes]
         hidden, classifier = hidden.to(device, dtype), rows.to(device, dtype)
@@ -157,7 +158,7 @@ def from_real_head(
         name=request.name,
         hidden=hidden,
         classifier=classifier,
-        labels=place[head.labels].to(device),
+        labels=place[head.labels[first]].to(device),
         source=source,
         logits_times=request.logits_times,
     )
