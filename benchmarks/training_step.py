@@ -207,6 +207,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="the result file")
     parser.add_argument("--length", type=int, default=1024, help="tokens a sequence")
     parser.add_argument("--most", type=int, default=256, help="the largest batch to try")
+    parser.add_argument("--loop", choices=LOOPS, help="only this one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
@@ -225,7 +226,8 @@ def main() -> None:
         "warm_up_steps": WARM_UP,
         "rows": [],
     }
-    for loop, deferred in itertools.product(LOOPS, (False, True)):
+    loops = [options.loop] if options.loop else LOOPS
+    for loop, deferred in itertools.product(loops, (False, True)):
         for row in measured(loop, deferred, pristine, options):
             result["rows"].append(asdict(row))
             if options.json:
