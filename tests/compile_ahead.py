@@ -2,13 +2,15 @@
 
     python tests/compile_ahead.py
 
-prints one JSON line a call: its kernels in order, and how many of them were compiled.
+prints one JSON line a call: its kernels in order, how many of them were compiled, and whether
+PyTorch's compiler has been imported.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -90,7 +92,10 @@ def main() -> None:
         for name, options in CALLS.items():
             compiles = options.pop("compiles", True)
             ahead(torch.device("cuda", 0), functools.partial(call, **options))
-            found = {"call": name, "kernels": launched, "compiled": len(compiled)}
+            found = {
+                "call": name, "kernels": launched, "compiled": len(compiled),
+                "imported": "torch._dynamo" in sys.modules,
+            }  # fmt: skip
             print(json.dumps(found), flush=True)
             launched.clear()
             compiled.clear()

@@ -37,7 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from crosscut.kernels.kept_pairs import CELL, KeptPairs
-from crosscut.kernels.launch import kernel
+from crosscut.kernels.launch import kernel, like_or
 from crosscut.kernels.pair_gradient import PairGradient, is_entry_of
 from crosscut.kernels.softmax_gradient import Tokens
 from crosscut.kernels.tiles import Tiles, dot_tile
@@ -162,7 +162,7 @@ def list_entries(
         CELL=CELL, CELLS=COUNT_CELLS,
     )  # fmt: skip
     found = Entries(
-        end=count.cumsum(0, dtype=torch.int32),
+        end=like_or(count, lambda: count.cumsum(0, dtype=torch.int32)),
         place=new(most),
         value=new(most, gradient.dz.dtype),
         num_rows=new(1),

@@ -74,7 +74,7 @@ def indexed_matmul(head: Head, labels: Tensor, flags: Tensor | None = None) -> T
     ``flags`` [V] int8, if given, becomes 1 at every label.
     """
     hidden, classifier = head.hidden, head.classifier
-    target_logit = torch.empty_like(labels, dtype=torch.float32)
+    target_logit = labels.new_empty(labels.shape, dtype=torch.float32)
     grid = (triton.cdiv(labels.numel(), BLOCK_N),)
     indexed_matmul_kernel[grid](
         hidden,

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 CAN_COMPILE_AHEAD = (
     not triton.knobs.runtime.interpret
@@ -41,6 +42,14 @@ _device_ahead: ContextVar[torch.device | None] = ContextVar("device_ahead", defa
 def real_device(device: torch.device) -> torch.device:
     """The device that "meta" tensors stand for, within :func:`ahead`; any other device itself."""
     return (device.type == "meta" and _device_ahead.get()) or device
+
+
+def like_or(like: Tensor, make: Callable[[], Tensor]) -> Tensor:
+    """What ``make`` does of the shape and dtype of ``like``; without data, ``like`` itself.
+
+    For PyTorch's arithmetic: on "meta" tensors its first use imports PyTorch's compiler.
+    """
+    return like if like.is_meta else make()
 
 
 class _Kernel(triton.JITFunction):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from crosscut.backends.protocol import Cotangents, Gradients, HeadProblem, Needs, Statistics
 from crosscut.backends.triton.column_filter import block_tokens
 from crosscut.backends.triton.filtered import filtered_gradients
@@ -21,7 +19,7 @@ def compute_gradients(
     """
     inputs = problem.hidden, problem.classifier, problem.bias
     out = Gradients(*(
-        torch.empty_like(value, memory_format=torch.contiguous_format)
+        value.new_empty(value.shape)  # contiguous
         if value is not None and need else None
         for value, need in zip(inputs, needs, strict=True)
     ))  # fmt: skip

@@ -30,6 +30,7 @@ from crosscut.backends.triton.column_filter import (
 from crosscut.backends.triton.sweep import KeptTokens, sweep
 from crosscut.kernels.entry_matmul import classifier_rows, list_entries
 from crosscut.kernels.kept_pairs import kept_pairs
+from crosscut.kernels.launch import like_or
 from crosscut.kernels.pair_gradient import pair_gradient, tail_of_tokens
 from crosscut.kernels.pair_matmul import hidden_rows, popular_rows
 from crosscut.kernels.tiles import Head, Kernel, choose_tiles
@@ -60,15 +61,16 @@ def _from_kept_pairs(
     blocks, num_classes = statistics.column_mass.shape
     unit, entry = drop_below(num_classes), entry_above(len(hidden))
     slots = (math.ceil(most_pairs(problem) / tiles.block_v) + blocks) * tiles.block_v
+    marked = statistics.column_mass
     pairs = kept_pairs(
-        statistics.column_mass, kept.count,
+        marked, kept.count,
         block_n=tiles.block_n, num_slots=slots, block_slots=tiles.block_v,
         most_tail=MAX_TAIL / unit if problem.options.policy == "auto" else _ANY_TAIL,
     )  # fmt: skip
     exact_rows = pairs.exact_rows
     tokens = tokens._replace(num_rows=pairs.num_rows)
 
-    column_mass = statistics.column_mass.clamp_min(0)
+    column_mass = like_or(marked, lambda: marked.clamp_min(0))
     by_block = _product(column_mass, classifier) if out.hidden is not None else None  # [blocks, D]
     gradient = pair_gradient(head, tokens, pairs, column_mass, tiles, drop_below=unit, entry=entry)
     slope_mean = None
@@ -96,6 +98,9 @@ def _from_kept_pairs(
 
 def _product(column_mass: Tensor, classifier: Tensor) -> Tensor:
     """``column_mass @ classifier`` [blocks, D] in float32."""
+    if classifier.is_meta:  # as in like_or
+        shape = len(column_mass), classifier.shape[1]
+        return classifier.new_empty(shape, dtype=torch.float32)
     if classifier.is_cuda:
         return torch.mm(column_mass.to(classifier), classifier, out_dtype=torch.float32)
     return column_mass.float() @ classifier.float()

@@ -10,6 +10,7 @@ from crosscut.backends.triton.column_filter import drop_below
 from crosscut.kernels.flags import flagged_first
 from crosscut.kernels.indexed_matmul import indexed_matmul
 from crosscut.kernels.kept_rows import kept_tokens
+from crosscut.kernels.launch import like_or
 from crosscut.kernels.linear_lse import Columns, LinearLse, Wanted, linear_lse
 from crosscut.kernels.move_rows import move_rows
 from crosscut.kernels.tiles import Head, Kernel, choose_tiles
@@ -49,7 +50,7 @@ def compute_statistics(problem: HeadProblem, like: Statistics) -> Statistics:
         some = move_rows(hidden.new_empty(num_scouts, hidden.shape[1]), problem.classifier, scouts)
         tiles = choose_tiles(Kernel.LSE, hidden)
         scouted = linear_lse(head._replace(classifier=some), kept, tiles)
-        reference = torch.maximum(reference, scouted.lse)
+        reference = like_or(scouted.lse, lambda: torch.maximum(target_logit, scouted.lse))
     least = problem.ranks or (problem.entropy and options.softcap is not None)
     tiles = choose_tiles(Kernel.WEIGHTED_LSE if least else Kernel.MASS_LSE, hidden)
     columns = Columns(like.column_mass.zero_(), labels, reference, drop_below(num_classes))

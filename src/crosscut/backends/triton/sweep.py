@@ -81,9 +81,9 @@ def _sweep_at_once(problem: HeadProblem, together: KeptTokens, out: Gradients) -
     _, tokens, lift, scale = together
     d_hidden = class_sum = None
     if out.hidden is not None:
-        d_hidden = torch.zeros_like(tokens.hidden, dtype=torch.float32)
+        d_hidden = tokens.hidden.new_zeros(tokens.hidden.shape, dtype=torch.float32)
     if out.bias is not None:
-        class_sum = torch.empty_like(out.bias, dtype=torch.float32)
+        class_sum = out.bias.new_empty(out.bias.shape, dtype=torch.float32)
     dz = _workspace(problem, _chunk_width(problem, gradient, matmul))
     exact_sweep(
         Head(
