@@ -91,7 +91,7 @@ def launch_everything(dtype: torch.dtype, choose: Any) -> None:
     )
     from crosscut.kernels.tiles import Head
 
-    n, d, v = 256, 128, 512
+    n, d, v = 256, 1024, 512
     hidden, classifier = torch.zeros(n, d, dtype=dtype), torch.zeros(v, d, dtype=dtype)
     bias, weight = torch.zeros(v, dtype=dtype), torch.zeros(v)
     labels, index = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int32)
@@ -116,8 +116,9 @@ def launch_everything(dtype: torch.dtype, choose: Any) -> None:
         linear_lse(head, kept, tiles, Wanted(logit_weight=w))
         sums = None if b is None else torch.zeros(v)
         out = SweepOutputs(torch.zeros(n, d), torch.empty_like(classifier), sums)
-        tiles = choose(Kernel.GRADIENT, hidden), choose(Kernel.MATMUL, hidden)
-        exact_sweep(head, w, tokens, out, dz, torch.ones(1), *tiles)
+        for like in (hidden, hidden[:, :640]):  # whose tiles are others
+            tiles = choose(Kernel.GRADIENT, like), choose(Kernel.MATMUL, like)
+            exact_sweep(head, w, tokens, out, dz, torch.ones(1), *tiles)
         chunk, options = HeadChunk(0, classifier, b, w), {"logit_scale": 1.0, "softcap": softcap}
         softmax_gradient(dz, tokens, chunk, choose(Kernel.GRADIENT, hidden), **options)
         tiles = choose(Kernel.FILTER, hidden)
@@ -156,12 +157,13 @@ def launch_others(head: Any, tokens: Any, kept: Any, dz: torch.Tensor, choose: A
     indexed_matmul(head, several)
     sums = None if head.bias is None else torch.zeros(len(head.bias))
     out = SweepOutputs(torch.zeros(n, hidden.shape[1]), torch.empty_like(head.classifier), sums)
-    tiles = choose(Kernel.GRADIENT, hidden), choose(Kernel.MATMUL, hidden)
     for some in (
         tokens._replace(vectors=torch.zeros(n, 5)),
         tokens._replace(labels=several, d_targets=torch.zeros(n, 4)),
     ):
-        exact_sweep(head, None, some, out, dz, torch.ones(1), *tiles)
+        for like in (hidden[:, :640], hidden):
+            tiles = choose(Kernel.GRADIENT, like), choose(Kernel.MATMUL, like)
+            exact_sweep(head, None, some, out, dz, torch.ones(1), *tiles)
         softmax_gradient(
             dz, some, HeadChunk(0, head.classifier, head.bias, None), tiles[0],
             logit_scale=1.0, softcap=head.softcap,
@@ -180,14 +182,14 @@ def launch_filtered(head: Any, tokens: Any, kept: Any, choose: Any) -> None:
     tiles = choose(Kernel.PAIRS, hidden)
     blocks, scale = len(hidden) // tiles.block_n, torch.ones(1)
     mass = torch.zeros(blocks, len(classifier), dtype=torch.bfloat16)
-    wide = torch.empty(1, 4096, dtype=hidden.dtype)  # whose tiles are others
+    narrow = hidden[:, :640]  # whose tiles are others
     entropy = Kernel.MASS_LSE if head.softcap is None else Kernel.WEIGHTED_LSE
     target = tokens.labels, torch.zeros(len(hidden))
     for kernel, like, wanted in (
         (Kernel.MASS_LSE, hidden, None),
-        (Kernel.MASS_LSE, wide, None),
+        (Kernel.MASS_LSE, narrow, None),
         (entropy, hidden, Wanted(entropy=True)),
-        (entropy, wide, Wanted(entropy=True)),
+        (entropy, narrow, Wanted(entropy=True)),
         (Kernel.WEIGHTED_LSE, hidden, Wanted(entropy=True, target=target)),
     ):
         columns = Columns(mass, tokens.labels, torch.zeros(len(hidden)), 2.0**-12)

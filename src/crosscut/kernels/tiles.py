@@ -125,8 +125,13 @@ def table(
     if kernel == Kernel.PAIR_MATMUL and capability >= (9, 0):
         return tiles(128, 256, 128, 8, 2, descriptors=True)
     if capability >= (9, 0):
-        if kernel == Kernel.MASS_LSE and hidden_size <= 768:
-            return tiles(128, 128, 64, 4, 3, descriptors=True, programs=2)
+        if hidden_size <= 768:  # tiles are finished after few steps
+            if kernel == Kernel.MASS_LSE:
+                return tiles(128, 128, 64, 4, 3, descriptors=True, programs=2)
+            if kernel == Kernel.MATMUL:
+                return tiles(128, 128, 128, 8, 3, descriptors=True)
+            if kernel == Kernel.GRADIENT:
+                return tiles(128, 256, 64, 8, 3, descriptors=True)
         block_v = 128 if kernel == Kernel.WEIGHTED_LSE else 256  # more would spill
         deep = (Kernel.LSE, Kernel.MASS_LSE, Kernel.GRADIENT, Kernel.FILTER)
         stages = 4 if kernel in deep else 3
