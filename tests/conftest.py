@@ -40,6 +40,18 @@ INTERPRETED = find_spec("triton") is not None and not torch.cuda.is_available()
 INTERPRETER_LOGITS = 10_000
 """Most logits N * V of a head in the interpreter."""
 
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=(
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+        ),
+    ),
+]
+"""For what is the same code on each."""
+
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
     _round_to_bfloat16()

@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from conftest import RealHead
+from conftest import DEVICES, RealHead
 from judging import FACTOR, Head, cotangents, error, make_head, outcome, pairs, rounding
 from test_memory import CLASSES, MIB, TOKENS, WORKSPACE, head_of, peak
 from torch import Tensor
@@ -35,9 +35,14 @@ class Teacher:
 
 
 def make_teacher(
-    batch: tuple[int, ...], hidden_size: int, num_classes: int, dtype: torch.dtype
+    batch: tuple[int, ...],
+    hidden_size: int,
+    num_classes: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
 ) -> Teacher:
-    head = make_head((batch, hidden_size, num_classes), dtype, bias=True, seed=1)
+    shape = batch, hidden_size, num_classes
+    head = make_head(shape, dtype, device=device, bias=True, seed=1)
     return Teacher(head.input, head.linear_weight, head.linear_bias)
 
 
@@ -107,19 +112,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_as_on_full_logits(dtype, divergence, options):
-    head = make_head(((3, 40), 32, 500), dtype, bias=True, ignored=0.2)
-    judge(head, make_teacher((3, 40), 24, 500, dtype), divergence=divergence, **options)
+def test_as_on_full_logits(dtype, divergence, options, device):
+    head = make_head(((3, 40), 32, 500), dtype, device=device, bias=True, ignored=0.2)
+    teacher = make_teacher((3, 40), 24, 500, dtype, device)
+    judge(head, teacher, divergence=divergence, **options)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("beta", [0.1, 0.9])
-def test_across_blocks(divergence, beta):
-    head = make_head(((2, 300), 8, 5000), bias=True, ignored=0.1)
-    teacher = make_teacher((2, 300), 16, 5000, torch.float64)
+def test_across_blocks(divergence, beta, device):
+    tokens = 300 if device == "cpu" else 700  # a block there has more
+    head = make_head(((2, tokens), 8, 9000), device=device, bias=True, ignored=0.1)
+    teacher = make_teacher((2, tokens), 16, 9000, torch.float64, device)
     judge(head, teacher, divergence=divergence, beta=beta, hard_weight=0.1, temperature=1.5)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICES
 from judging import FACTOR, cotangents, error, make_head, rounding
 from torch import Tensor
 
@@ -55,10 +56,6 @@ def _unpatched() -> Iterator[None]:
     setattr(utils, NAME, THEIRS)
 
 
-GPU = (
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-)
 HEAD = make_head((24, 16, 80), torch.float32, bias=True)
 TOP = F.linear(HEAD.input, HEAD.linear_weight).argmax(-1)
 TARGET = torch.where(torch.arange(24) % 2 == 0, TOP, HEAD.target)  # half of them the top class
@@ -87,7 +84,7 @@ def call(
 
 
 class TestFunction:
-    @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+    @pytest.mark.parametrize("device", DEVICES)
     @pytest.mark.parametrize("bias", [False, True])
     @pytest.mark.parametrize(
         "arguments",

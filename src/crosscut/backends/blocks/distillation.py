@@ -33,9 +33,15 @@ from crosscut.backends.protocol import (
     HeadProblem,
     Needs,
 )
+from crosscut.options import workspace_limit
 
 BLOCK_N = 512
 """Tokens of one block, half of what a loss on one head takes: there are two, and a few of each."""
+
+GPU_BLOCK_N = 1024
+LIVE_BLOCKS = 6
+"""Blocks that there are at once. On a GPU, where each costs some thirty launches, they take
+``workspace_limit()`` bytes together. On a CPU they are small enough to stay in its cache."""
 
 
 def compute_divergences(problem: DistillationProblem) -> Divergences:
@@ -164,22 +170,28 @@ class _Side:
         self.lse = torch.full_like(zeros, -math.inf, dtype=self.logits.wide)
         self.reference = zeros  # what blocks are relative to: the log-sum-exp as far as known
         self.center: Tensor | None = None  # where low precision rounds least
+        self.block_n, self.block_v = BLOCK_N, BLOCK_V
+        if rows.device.type != "cpu":
+            self.block_n = min(GPU_BLOCK_N, max(1, len(rows)))
+            column_bytes = LIVE_BLOCKS * self.block_n * zeros.element_size()
+            self.block_v = max(1024, workspace_limit() // column_bytes // 256 * 256)
+        self._hidden = take_rows(problem.hidden, rows)  # once: it waits for a GPU
 
     def class_blocks(self) -> Iterator[slice]:
         num_classes = len(self.problem.classifier)
-        for start in range(0, num_classes, BLOCK_V):
-            yield slice(start, min(start + BLOCK_V, num_classes))
+        for start in range(0, num_classes, self.block_v):
+            yield slice(start, min(start + self.block_v, num_classes))
 
     def parts(self) -> Iterator[slice]:
-        """Slices of BLOCK_N rows."""
-        for start in range(0, len(self.rows), BLOCK_N):
-            yield slice(start, min(start + BLOCK_N, len(self.rows)))
+        """Slices of ``block_n`` rows."""
+        for start in range(0, len(self.rows), self.block_n):
+            yield slice(start, min(start + self.block_n, len(self.rows)))
 
     def classifier(self, classes: slice) -> Tensor:
         return self.problem.classifier[classes].to(self.logits.fast)
 
     def hidden(self, part: slice) -> Tensor:
-        return take_rows(self.problem.hidden, self.rows[part]).to(self.logits.fast)
+        return self._hidden[part].to(self.logits.fast)
 
     def block(self, classes: slice, classifier: Tensor, part: slice) -> Tensor:
         """Logits less the reference, [v, n]."""
