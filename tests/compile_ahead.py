@@ -35,6 +35,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "auto, one token": {"num_tokens": 1},
     "auto, softcap": {"softcap": 30.0, "compiles": False},
     "auto, float32": {"dtype": torch.float32, "compiles": False},
+    "auto, float16": {"dtype": torch.float16, "compiles": False},
     "exact": {"policy": "exact"},
     "exact, bias alone": {"policy": "exact", "bias": True, "compiles": False},
     "exact, logit sum": {"policy": "exact", "weight": True, "compiles": False},

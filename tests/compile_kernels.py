@@ -132,11 +132,37 @@ def launch_everything(dtype: torch.dtype, choose: Any) -> None:
         add_hidden_gradient(torch.zeros(n, d), dz, classifier, index[:1], some, tiles)
     for b, softcap in ((None, None), (None, 30.0), (bias, 30.0)):
         launch_others(Head(hidden, classifier, b, 1.0, softcap), tokens, kept, dz, choose)
+    launch_divergence(dtype, choose)
     if dtype != torch.float32:
         flags = torch.zeros(v, dtype=torch.int8)
         flagged_first(flags, 32)
         for softcap in (None, 30.0):
             launch_filtered(Head(hidden, classifier, None, 1.0, softcap), tokens, kept, choose)
+
+
+def launch_divergence(dtype: torch.dtype, choose: Any) -> None:
+    """With everything and with nothing else, of three divergences."""
+    from crosscut.kernels.divergence import Pair, divergence, divergence_gradient
+    from crosscut.kernels.kept_rows import KeptRows
+    from crosscut.kernels.tiles import Head
+
+    n, v = 256, 512
+    labels, index = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int32)
+    dz, bias = torch.zeros(n, v, dtype=dtype), torch.zeros(v, dtype=dtype)
+    for kind in ("forward", "reverse", "js"):
+        for b, softcap, temperature in ((None, None, None), (bias, 30.0, 2.0)):
+            student, teacher = (
+                Head(
+                    torch.zeros(n, d, dtype=dtype), torch.zeros(v, d, dtype=dtype), b, 1.0, softcap
+                )
+                for d in (1024, 2048)
+            )
+            pair = Pair(student, teacher, kind, 0.5, temperature)
+            tiles = choose(Kernel.DIVERGENCE, student.hidden)
+            divergence(pair, KeptRows(index[:1], index, index), tiles)
+            tiles = choose(Kernel.DIVERGENCE_GRADIENT, student.hidden)
+            tokens = index[:1], labels, torch.zeros(n, 7)
+            divergence_gradient(dz, pair, slice(0, v), tokens, tiles)
 
 
 def launch_others(head: Any, tokens: Any, kept: Any, dz: torch.Tensor, choose: Any) -> None:

@@ -246,6 +246,21 @@ def test_compile_inductor(transposed):
     torch.testing.assert_close(compiled[:3], outcome(loss, head)[:3])
 
 
+def test_compile_with_a_number_that_changes():
+    """A temperature schedule: the compiler makes a symbol of it at its second value."""
+    torch._dynamo.reset()
+    head = make_head((20, 6, 50), torch.float32)
+
+    def loss(scale: float) -> Tensor:
+        return crosscut.linear_cross_entropy(
+            head.input, head.linear_weight, head.target, logit_scale=scale
+        )
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for scale in (1.0, 0.5, 0.25):
+        torch.testing.assert_close(compiled(scale), loss(scale))
+
+
 def test_compile_under_no_grad():
     torch._dynamo.reset()
     head = make_head((20, 6, 50), torch.float32)

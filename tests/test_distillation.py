@@ -10,12 +10,13 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from conftest import DEVICES, RealHead
+from conftest import DEVICES, INTERPRETED, RealHead
 from judging import FACTOR, Head, cotangents, error, make_head, outcome, pairs, rounding
 from test_memory import CLASSES, MIB, TOKENS, WORKSPACE, head_of, peak
 from torch import Tensor
 
 import crosscut
+from crosscut.backends.blocks.distillation import LIVE_BLOCKS, gpu_block
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 DIVERGENCES = ["forward", "reverse", "js"]
@@ -65,9 +66,10 @@ def expected(
     input: Tensor, weight: Tensor, target: Tensor, *, teacher: Teacher, linear_bias: Tensor | None,
     divergence: str = "forward", beta: float = 0.5, temperature: float = 1.0,
     hard_weight: float = 0.0, softcap: float | None = None, logit_scale: float = 1.0,
-    teacher_softcap: float | None = None, teacher_logit_scale: float = 1.0,
+    teacher_softcap: float | None = None, teacher_logit_scale: float = 1.0, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Loss of each token, from the full logits of both."""
+    del backend
     z = reference.logits(input, weight, linear_bias, softcap=softcap, logit_scale=logit_scale)
     t = reference.logits(
         teacher.input, teacher.weight, teacher.bias, softcap=teacher_softcap,
@@ -130,6 +132,76 @@ def test_across_blocks(divergence, beta, device):
     head = make_head(((2, tokens), 8, 9000), device=device, bias=True, ignored=0.1)
     teacher = make_teacher((2, tokens), 16, 9000, torch.float64, device)
     judge(head, teacher, divergence=divergence, beta=beta, hard_weight=0.1, temperature=1.5)
+
+
+NEEDS_INTERPRETER = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+TRITON = [pytest.param("cpu", marks=NEEDS_INTERPRETER, id="interpreter"), *DEVICES[1:]]
+
+
+@pytest.mark.parametrize("device", TRITON)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_in_triton(dtype, divergence, options, device):
+    """Ragged in all sizes; a third of the tokens ignored."""
+    classes = 150 if device == "cpu" else 3001
+    head = make_head(((3, 13), 24, classes), dtype, device=device, bias=True, ignored=0.3)
+    teacher = make_teacher((3, 13), 40, classes, dtype, device)
+    judge(head, teacher, divergence=divergence, backend="triton", **options)
+
+
+@pytest.mark.parametrize("device", TRITON)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_in_triton_across_chunks(divergence, device, monkeypatch):
+    monkeypatch.setattr("crosscut.options._workspace_limit", 1)  # as few classes as there may be
+    tokens, classes = (70, 300) if device == "cpu" else (3000, 5000)
+    head = make_head((tokens, 16, classes), torch.float32, device=device, ignored=0.1)
+    teacher = make_teacher((tokens,), 8, classes, torch.float32, device)
+    judge(head, teacher, divergence=divergence, backend="triton", beta=0.1, hard_weight=0.3)
+
+
+@pytest.mark.parametrize("device", TRITON)
+def test_in_triton_nobody_counts(device):
+    head = make_head((20, 16, 150), torch.float32, device=device, bias=True, ignored=1.0)
+    teacher = make_teacher((20,), 8, 150, torch.float32, device)
+    found = outcome(ours, head, teacher=teacher, backend="triton", hard_weight=0.5)
+    assert not any(value.any() for value in found if value is not None)
+
+
+@pytest.mark.parametrize("device", TRITON)
+def test_in_triton_the_same_twice(device):
+    head = make_head((40, 16, 150), torch.bfloat16, device=device)
+    teacher = make_teacher((40,), 8, 150, torch.bfloat16, device)
+    one, other = (
+        outcome(ours, head, teacher=teacher, backend="triton", divergence="js") for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True))
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize(
+    ("dtype", "teacher_dtype"),
+    [(torch.float16, torch.float16), (torch.float32, torch.bfloat16)],
+)
+def test_in_triton_what_it_does_not_serve(dtype, teacher_dtype):
+    head = make_head((4, 8, 30), dtype)
+    teacher = make_teacher((4,), 8, 30, teacher_dtype)
+    message = (
+        "backend='triton' cannot serve this call: triton: distils heads that are both bfloat16"
+    )
+    with pytest.raises(ValueError, match=message):
+        outcome(ours, head, teacher=teacher, backend="triton")
+
+
+@pytest.mark.parametrize("num_rows", [0, 16, 10_000])
+@pytest.mark.parametrize("hidden_size", [64, 8192])
+def test_a_block_on_a_gpu_keeps_within_the_workspace(num_rows, hidden_size):
+    """With the gradient of its classes and that of the one before it is added to."""
+    tokens, classes = gpu_block(num_rows, hidden_size, 4)
+    taken = 4 * classes * (LIVE_BLOCKS * tokens + 2 * hidden_size)
+    assert taken <= crosscut.workspace_limit()
+    assert tokens >= 1
+    assert classes >= 1024
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -207,21 +279,30 @@ def test_gradcheck(divergence, hard):
     assert torch.autograd.gradcheck(loss, [x.clone().requires_grad_() for x in leaves])
 
 
-def op_arguments(*, hard: bool, dtype: torch.dtype, tokens: int = 9) -> tuple[Any, ...]:
+def op_arguments(
+    *, hard: bool, dtype: torch.dtype, tokens: int = 9, backend: str = "auto"
+) -> tuple[Any, ...]:
     head = make_head((tokens, 6, 30), dtype, bias=True)
     teacher = make_teacher((tokens,), 4, 30, dtype)
     labels = torch.where(torch.arange(tokens) % 4 == 1, -1, head.target)
     return (
         head.input, head.linear_weight, head.linear_bias, labels, teacher.input, teacher.weight,
-        teacher.bias, [0.0, 1.0], [5.0, 0.5], "js", 0.3, 2.0 if hard else None,
+        teacher.bias, [0.0, 1.0], [5.0, 0.5], "js", 0.3, 2.0 if hard else None, backend,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("hard", [False, True], ids=["", "hard"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [
+        (torch.float64, "blocks"),
+        (torch.bfloat16, "blocks"),
+        pytest.param(torch.bfloat16, "triton", marks=NEEDS_INTERPRETER),
+    ],
+)
 @pytest.mark.parametrize("tokens", [0, 9])
-def test_opcheck(hard, dtype, tokens):
-    arguments = op_arguments(hard=hard, dtype=dtype, tokens=tokens)
+def test_opcheck(hard, dtype, backend, tokens):
+    arguments = op_arguments(hard=hard, dtype=dtype, tokens=tokens, backend=backend)
     found = list(torch.ops.crosscut.divergence.default(*arguments))
     given = [torch.rand_like(found[0]) for _ in range(3)]
     torch.library.opcheck(

@@ -113,6 +113,21 @@ def test_the_first_call_does_not_import_the_compiler():
     assert found.stdout.strip() == "False"
 
 
+def test_reloading():
+    """As notebooks do: the operators are there already."""
+    script = (
+        "import importlib, torch, crosscut\n"
+        "from crosscut import distillation_ops, ops\n"
+        "importlib.reload(ops), importlib.reload(distillation_ops)\n"
+        "print(crosscut.linear_cross_entropy(torch.eye(4), torch.eye(4), torch.arange(4)).item())"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    expected = torch.nn.functional.cross_entropy(torch.eye(4), torch.arange(4)).item()
+    assert float(found.stdout) == pytest.approx(expected, rel=1e-6)
+
+
 def test_explain_prints_every_verdict():
     head = make_head((4, 3, 5), torch.float32)
     explanation = crosscut.explain(head.input, head.linear_weight, head.target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import warnings
@@ -218,7 +219,7 @@ def test_a_gain_that_does_not_come_back_is_none() -> None:
 def test_sizes_that_do_not_run_end_it() -> None:
     meter = FakeMeter(lambda choice: 1.0)
     meter.objection = lambda policy, choice: "no"
-    with pytest.raises(BenchError, match="'auto' does not run with the tiles it has: no"):
+    with pytest.raises(BenchError, match="'auto' is no good with the tiles it has: no"):
         tune.search(plan(Kernel.LSE), meter, Silent())
 
 
@@ -300,8 +301,11 @@ def test_the_meter_rejects_what_fails_and_what_is_wrong(monkeypatch: pytest.Monk
     """On the CPU, whose backend takes no tiles: a stand-in for the loss reads the trial's."""
     import torch.nn.functional as F
 
+    used: list[Sizes | None] = []
+
     def loss(hidden: torch.Tensor, classifier: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         sizes = tuned.lookup(DEVICE, key)
+        used.append(sizes)
         if sizes is not None and sizes.num_stages == 9:
             raise RuntimeError("out of resource: shared memory")
         factor = 1.5 if sizes is not None and sizes.num_stages == 8 else 1.0
@@ -315,7 +319,9 @@ def test_the_meter_rejects_what_fails_and_what_is_wrong(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     assert meter.objection("auto", {Kernel.LSE: WON}) is None
     assert meter.objection("auto", {Kernel.LSE: WON._replace(num_stages=4)}) is None
+    used.clear()
     assert min(meter.seconds("auto", {Kernel.LSE: WON}, {})) > 0
+    assert [sizes for sizes, _ in itertools.groupby(used)] == [WON, None] * 2  # in turns
     wrong = meter.objection("auto", {Kernel.LSE: WON._replace(num_stages=8)})
     assert re.match(r"loss off by \S+, allowed \S+; dH off by", str(wrong))
     failed = meter.objection("auto", {Kernel.LSE: WON._replace(num_stages=9)})

@@ -2,7 +2,8 @@
 
 :func:`torch.library.custom_op` imports ``torch._dynamo`` at an operator's first call, so that the
 compiler never looks into the operator's Python code. That import takes seconds where files are
-slow, and most trainings have no use for it. Here it is only made sure where the compiler is there.
+slow, and most trainings have no use for it. Here it is only made sure where the compiler is there:
+all it may ever see is the few lines that do so.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ def custom_operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., A
                 untraced.append(torch.compiler.disable(function))
             return (untraced[0] if untraced else function)(*arguments)
 
-        schema = torch.library.infer_schema(function, mutates_args=())
-        torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(name, "CompositeExplicitAutograd", run)
         namespace, operator = name.split("::")
+        if not hasattr(getattr(torch.ops, namespace), operator):  # else this module is reloaded
+            schema = torch.library.infer_schema(function, mutates_args=())
+            torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(name, "default", run)
         return getattr(getattr(torch.ops, namespace), operator).default
 
     return register

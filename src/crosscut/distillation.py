@@ -46,6 +46,7 @@ def linear_kl_div(
     logit_scale: float = 1.0,
     teacher_softcap: float | None = None,
     teacher_logit_scale: float = 1.0,
+    backend: str = "auto",
 ) -> Tensor:
     """Divergence of a student's softmax from its teacher's, without the logits of either.
 
@@ -53,7 +54,7 @@ def linear_kl_div(
     of both softmaxes at ``temperature``; the cross-entropy, of the student against ``target``, is
     at temperature 1. Multiply by ``temperature**2`` where the gradient is to keep its size
     (arXiv:1503.02531, section 2). The teacher gets no gradient. Every entry of the softmax counts:
-    there is no filter. Plain PyTorch, on every device.
+    there is no filter.
 
     Args:
         input: the student's hidden states ``[..., D]`` of any float dtype.
@@ -77,6 +78,8 @@ def linear_kl_div(
         logit_scale: of the student's logits.
         teacher_softcap: of the teacher's logits.
         teacher_logit_scale: of the teacher's logits.
+        backend: ``"auto"``, which is plain PyTorch on every device, or the name of one that must
+            serve this call. ``"triton"`` makes both logits in one kernel, in bfloat16 or float32.
 
     Returns:
         Nats, float32 (float64 for a float64 student): a scalar, or ``[...]``.
@@ -105,7 +108,7 @@ def linear_kl_div(
         labels = torch.zeros(input.shape[:-1], dtype=torch.int64, device=input.device)
     student = head_problem(
         (input, linear_weight, labels, linear_bias),
-        HeadOptions(softcap=softcap, logit_scale=logit_scale),
+        HeadOptions(softcap=softcap, logit_scale=logit_scale, backend=backend),
         ignore_index,
         shift,
     )

@@ -1,6 +1,6 @@
 """The divergence of a student's head from its teacher's as PyTorch custom operators.
 
-``crosscut::divergence`` and ``crosscut::divergence_backward``, of plain PyTorch on every device.
+``crosscut::divergence`` and ``crosscut::divergence_backward``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosscut.backends.blocks.distillation import compute_divergences, compute_student_gradients
+from crosscut.backends import choose_for_distillation
 from crosscut.backends.protocol import DistillationProblem, Divergences, HeadProblem, Needs
 from crosscut.custom_operator import custom_operator
 from crosscut.options import HeadOptions
@@ -33,6 +33,7 @@ def divergences(problem: DistillationProblem) -> Divergences:
             problem.divergence,
             problem.beta,
             problem.temperature,
+            student.options.backend,
         )
     )
 
@@ -51,16 +52,17 @@ def _divergence(
     divergence: str,
     beta: float,
     temperature: float | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = _problem(
         (hidden, classifier, bias),
         labels,
         (teacher_hidden, teacher_classifier, teacher_bias),
         (student_options, teacher_options),
-        (divergence, beta, temperature),
+        (divergence, beta, temperature, backend),
     )
     with torch.autocast(hidden.device.type, enabled=False):
-        return compute_divergences(problem)
+        return choose_for_distillation(problem).divergences(problem)
 
 
 @torch.library.register_fake("crosscut::divergence")
@@ -77,6 +79,7 @@ def _(
     divergence: str,
     beta: float,
     temperature: float | None,
+    backend: str,
 ) -> tuple[Tensor, ...]:
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     num_tokens = hidden.shape[0]
@@ -103,6 +106,7 @@ def _divergence_backward(
     divergence: str,
     beta: float,
     temperature: float | None,
+    backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = _problem(
@@ -110,10 +114,10 @@ def _divergence_backward(
         labels,
         (teacher_hidden, teacher_classifier, teacher_bias),
         (student_options, teacher_options),
-        (divergence, beta, temperature),
+        (divergence, beta, temperature, backend),
     )
     with torch.autocast(hidden.device.type, enabled=False):
-        gradients = compute_student_gradients(
+        gradients = choose_for_distillation(problem).student_gradients(
             problem,
             Divergences(*found),
             (d_divergence, d_hard_lse, d_target_logit),
@@ -143,6 +147,7 @@ def _(
     divergence: str,
     beta: float,
     temperature: float | None,
+    backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     wanted = zip((hidden, classifier, bias), needs, strict=True)
@@ -157,13 +162,16 @@ def _problem(
     labels: Tensor,
     teacher: tuple[Tensor, Tensor, Tensor | None],
     options: tuple[list[float], list[float]],
-    asked: tuple[str, float, float | None],
+    asked: tuple[str, float, float | None, str],
 ) -> DistillationProblem:
+    divergence, beta, temperature, backend = asked
     heads = []
     for (hidden, classifier, bias), (softcap, logit_scale) in zip(
         (student, teacher), options, strict=True
     ):
-        head_options = HeadOptions(softcap=softcap or None, logit_scale=logit_scale)
+        head_options = HeadOptions(
+            softcap=softcap or None, logit_scale=logit_scale, backend=backend
+        )
         heads.append(
             HeadProblem(
                 hidden=hidden,
@@ -174,7 +182,6 @@ def _problem(
                 options=head_options,
             )
         )
-    divergence, beta, temperature = asked
     return DistillationProblem(
         student=heads[0],
         teacher=heads[1],
@@ -190,9 +197,8 @@ def _softcap(problem: HeadProblem) -> float:
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    *tensors, student, teacher, divergence, beta, temperature = inputs
-    ctx.options = student, teacher, divergence, beta, temperature
-    ctx.save_for_backward(*tensors, *output)
+    ctx.options = inputs[7:]
+    ctx.save_for_backward(*inputs[:7], *output)
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
 
@@ -202,7 +208,8 @@ def _backward(ctx, d_divergence, d_hard_lse, d_target_logit, *_) -> tuple[Tensor
     needs = list(ctx.needs_input_grad[:3])
     d_divergence = torch.zeros_like(found[0]) if d_divergence is None else d_divergence
     hard = (None, None)
-    if ctx.options[-1] is not None:
+    *_options, temperature, _backend = ctx.options
+    if temperature is not None:
         hard = tuple(
             torch.zeros_like(found[1]) if grad is None else grad
             for grad in (d_hard_lse, d_target_logit)
@@ -210,7 +217,7 @@ def _backward(ctx, d_divergence, d_hard_lse, d_target_logit, *_) -> tuple[Tensor
     arguments: Any = (d_divergence, *hard, found, *tensors, *ctx.options, needs)
     gradients = _divergence_backward(*arguments)
     wanted = [grad if need else None for grad, need in zip(gradients, needs, strict=True)]
-    return (*wanted, *[None] * 9)
+    return (*wanted, *[None] * 10)
 
 
 def _no_double_backward(ctx, *_) -> None:

@@ -129,7 +129,7 @@ def check_positive(name: str, value: Any) -> None:
 def check_finite(name: str, value: Any) -> None:
     """Raise unless ``value`` is a finite number."""
     _check_number(name, value, "a finite number")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # the compiler knows no isfinite of a symbol
         raise ValueError(f"{name} must be a finite number, got {value}")
 
 
@@ -157,7 +157,7 @@ _workspace_limit = 5 * 2**25
 def workspace_limit() -> int:
     """Bytes that a backward on a GPU may use for the gradient of a chunk of logits.
 
-    160 MiB unless :func:`set_workspace_limit` was called.
+    And distillation, for its blocks. 160 MiB unless :func:`set_workspace_limit` was called.
     """
     return _workspace_limit
 
@@ -166,7 +166,8 @@ def set_workspace_limit(num_bytes: int) -> None:
     """Set what :func:`workspace_limit` returns, for this process.
 
     A larger workspace makes fewer and fuller launches. At least 128 classes are worked on at a
-    time, whatever the limit. The backend ``blocks`` has a fixed workspace.
+    time, in distillation 1024, whatever the limit. What else is plain PyTorch, and all that is on a
+    CPU, has a fixed workspace.
 
     Args:
         num_bytes: at least 1.

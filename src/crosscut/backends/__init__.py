@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from crosscut.backends.blocks import BlocksBackend
-from crosscut.backends.protocol import Backend, HeadProblem
+from crosscut.backends.protocol import Backend, DistillationProblem, HeadProblem
 from crosscut.backends.triton import TritonBackend
 
 _BACKENDS: tuple[Backend, ...] = (TritonBackend(), BlocksBackend())  # in order of preference
@@ -37,11 +37,8 @@ class Explanation:
 
 def explain(problem: HeadProblem) -> Explanation:
     """Ask every backend."""
-    check_name(problem.options.backend)
     verdicts = {backend.name: backend.why_not(problem) for backend in _BACKENDS}
-    wanted = NAMES if problem.options.backend == "auto" else (problem.options.backend,)
-    chosen = next((name for name in wanted if verdicts[name] is None), None)
-    return Explanation(backend=chosen, verdicts=verdicts)
+    return _explanation(problem.options.backend, verdicts)
 
 
 def choose(problem: HeadProblem) -> Backend:
@@ -50,9 +47,29 @@ def choose(problem: HeadProblem) -> Backend:
     Raises:
         ValueError: no backend, or not the one named, can serve the problem.
     """
-    explanation = explain(problem)
+    return _chosen(problem.options.backend, explain(problem))
+
+
+def choose_for_distillation(problem: DistillationProblem) -> Backend:
+    """As ``choose``, by the options of the student.
+
+    Raises:
+        ValueError: no backend, or not the one named, can serve the problem.
+    """
+    wanted = problem.student.options.backend
+    verdicts = {backend.name: backend.why_not_distil(problem) for backend in _BACKENDS}
+    return _chosen(wanted, _explanation(wanted, verdicts))
+
+
+def _explanation(wanted: str, verdicts: dict[str, str | None]) -> Explanation:
+    check_name(wanted)
+    names = NAMES if wanted == "auto" else (wanted,)
+    chosen = next((name for name in names if verdicts[name] is None), None)
+    return Explanation(backend=chosen, verdicts=verdicts)
+
+
+def _chosen(wanted: str, explanation: Explanation) -> Backend:
     if explanation.backend is None:
-        wanted = problem.options.backend
         raise ValueError(
             f"backend={wanted!r} cannot serve this call: "
             + "; ".join(

@@ -166,3 +166,28 @@ class Backend(Protocol):
     def sparsity(self, problem: HeadProblem, statistics: Statistics) -> tuple[float, float]:
         """Share of the pairs the backward would compute, and mean mass of those it would not."""
         ...
+
+    def why_not_distil(self, problem: DistillationProblem) -> str | None:
+        """As ``why_not``, of a student and its teacher."""
+        ...
+
+    def divergences(self, problem: DistillationProblem) -> Divergences:
+        """How far the student is from its teacher."""
+        ...
+
+    def student_gradients(
+        self,
+        problem: DistillationProblem,
+        found: Divergences,
+        cotangents: tuple[Tensor, Tensor | None, Tensor | None],
+        needs: Needs,
+    ) -> Gradients:
+        """Gradients of the student's inputs.
+
+        Args:
+            problem: student and teacher.
+            found: what ``divergences`` returned.
+            cotangents: of divergence, hard_lse and target_logit, [N] each; None: zeros.
+            needs: which gradients are wanted.
+        """
+        ...

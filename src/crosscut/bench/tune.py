@@ -106,7 +106,7 @@ def search(plan: Plan, meter: Meter, progress: Progress) -> list[Tuning]:
     with progress.stage("tuning", sum(len(sizes) + 1 for sizes in tried.values())) as step:
         for kernel, policy in plan.policies.items():
             if wrong := meter.objection(policy, choice):
-                raise BenchError(f"policy {policy!r} does not run with the tiles it has: {wrong}")
+                raise BenchError(f"policy {policy!r} is no good with the tiles it has: {wrong}")
             (seconds,) = meter.seconds(policy, choice)
             base = Trial(sizes=choice[kernel], seconds=seconds)
             step(f"{kernel}: the table's")

@@ -95,9 +95,9 @@ class PerToken(NamedTuple):
     """What goes with the tokens, in the order of the call; cotangents [N] float32, None for 0."""
 
     labels: Tensor | None  # [N] int64, contiguous; None if the caller gathers them
-    lse: Tensor  # [N] float32
-    entropy: Tensor | None  # [N] float32, where it has a cotangent
-    d_lse: Tensor | None
+    lse: Tensor  # [N] float32, contiguous
+    entropy: Tensor | None  # [N] float32, contiguous, where it has a cotangent
+    d_lse: Tensor
     d_target: Tensor | None
     d_sum: Tensor | None
     d_entropy: Tensor | None

@@ -36,6 +36,10 @@ _CHANGING = (
 a kernel anew for those that are 1, for those that 16 divides and for all others: in the middle of a
 training."""
 
+_ANYWHERE = ("d_lse_ptr", "d_target_ptr", "d_sum_ptr", "d_entropy_ptr")
+"""What may begin anywhere: views of other tensors. Triton would compile anew where it is not on 16
+bytes."""
+
 _device_ahead: ContextVar[torch.device | None] = ContextVar("device_ahead", default=None)
 
 
@@ -63,7 +67,7 @@ def kernel(function: Callable[..., Any]) -> Any:
     """``triton.jit`` for what is launched; what kernels call wants no more than that."""
     if triton.knobs.runtime.interpret:
         return triton.jit(function)
-    return _Kernel(function, do_not_specialize=_CHANGING)
+    return _Kernel(function, do_not_specialize=_CHANGING, do_not_specialize_on_alignment=_ANYWHERE)
 
 
 class _Loading(ThreadPoolExecutor):

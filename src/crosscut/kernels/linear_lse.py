@@ -36,8 +36,8 @@ entropy adds 4 bytes, ranks 12.
 the mass of a column of the softmax in that tile of tokens. The log-sum-exp is not known yet: the
 mass is taken relative to the larger of its running value and a lower bound given before
 (``reference``), and is rather too large. Where asked for, the masses are stored, or KEPT in place
-of those that reach ``drop_below``. With a softcap every exponential counts times its slope,
-``1 - (z / softcap)^2``, as in the gradient.
+of those that reach ``drop_below`` and of the labels'. With a softcap every exponential counts times
+its slope, ``1 - (z / softcap)^2``, as in the gradient.
 
 **Entropy.** ``W = sum exp(z - max) (z - max)`` runs along with ``S = sum exp(z - max)``, and in the
 end the entropy is ``log S - W / S``. When the maximum moves up by d, ``W`` becomes
@@ -87,7 +87,7 @@ def slices_of(token_tiles, class_tiles, programs, most_tiles):
     Returns the tiles in a group, the number of wide slices, their width in tiles, and whether
     there is a last, narrower slice.
     """
-    fewest = tl.cdiv(token_tiles, most_tiles)
+    fewest = tl.maximum(tl.cdiv(token_tiles, most_tiles), 1)
     best_group, best_wide, best_width, best_time = 1, programs, class_tiles, 2147483647
     for groups in range(fewest, fewest + MORE_GROUPS):
         group = tl.maximum(tl.cdiv(token_tiles, groups), 1)
@@ -102,6 +102,24 @@ def slices_of(token_tiles, class_tiles, programs, most_tiles):
         if time < best_time:
             best_group, best_wide, best_width, best_time = group, wide, width, time
     return best_group, best_wide, best_width, programs > best_wide * best_group
+
+
+@triton.jit
+def share_of(program, programs, token_tiles, class_tiles, most_tiles):
+    """A program's class tiles and its token tiles in each group.
+
+    Returns the tiles in a group, the program's slice, of how many, its first class tile and that
+    after its last, and its first token tile in a group and how many follow at most.
+    """
+    group, wide, width, has_last = slices_of(token_tiles, class_tiles, programs, most_tiles)
+    if program < wide * group:
+        my_slice, first, each = program // group, program % group, 1
+    else:
+        each = tl.cdiv(group, programs - wide * group)
+        my_slice, first = wide, (program - wide * group) * each
+    first_tile = tl.minimum(my_slice * width, class_tiles)
+    last_tile = class_tiles if my_slice == wide else tl.minimum(first_tile + width, class_tiles)
+    return group, my_slice, wide + has_last, first_tile, last_tile, first, each
 
 
 @triton.jit
@@ -249,16 +267,9 @@ def linear_lse_kernel(
     program, programs = tl.program_id(0), tl.num_programs(0)
     num_rows = tl.load(num_rows_ptr)
     token_tiles, class_tiles = tl.cdiv(num_rows, BLOCK_N), tl.cdiv(num_classes, BLOCK_V)
-    group, wide, width, has_last = slices_of(token_tiles, class_tiles, programs, most_tiles)
-
-    # This program's slice, and its token tiles in each group.
-    if program < wide * group:
-        my_slice, first, each = program // group, program % group, 1
-    else:
-        each = tl.cdiv(group, programs - wide * group)
-        my_slice, first = wide, (program - wide * group) * each
-    first_tile = tl.minimum(my_slice * width, class_tiles)
-    last_tile = class_tiles if my_slice == wide else tl.minimum(first_tile + width, class_tiles)
+    group, my_slice, slices, first_tile, last_tile, first, each = share_of(
+        program, programs, token_tiles, class_tiles, most_tiles
+    )
 
     for start in range(0, token_tiles, group):
         end = tl.minimum(tl.minimum(first + each, group) + start, token_tiles)
@@ -285,7 +296,7 @@ def linear_lse_kernel(
                     first_tile, last_tile, num_classes, hidden_size, stride_v, stride_d,
                     logit_scale, softcap, drop_below, slice_weighted_ptr is not None, True, TILE,
                 )  # fmt: skip
-            place = (tile * BLOCK_N + tl.arange(0, BLOCK_N)) * (wide + has_last) + my_slice
+            place = (tile * BLOCK_N + tl.arange(0, BLOCK_N)) * slices + my_slice
             tl.store(slice_highest_ptr + place, highest, mask=valid)
             tl.store(slice_total_ptr + place, total, mask=valid)
             if slice_sum_ptr is not None:
@@ -410,12 +421,13 @@ class LinearLse(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Column masses to be stored."""
+    """Column masses to be stored.
 
-    mass: (
-        Tensor  # [token tiles, V], any float dtype, contiguous. For each tile of BLOCK_N kept rows
-    )
-    # ``sum_n slope p / drop_below``, or KEPT from 1 on and for the rows' labels
+    For each tile of BLOCK_N kept rows ``sum_n slope p / drop_below``, or KEPT from 1 on and for the
+    rows' labels.
+    """
+
+    mass: Tensor  # [token tiles, V], any float dtype, contiguous
     labels: Tensor  # [N] int64
     reference: Tensor  # [N] float32, a lower bound of ``lse``
     drop_below: float

@@ -55,7 +55,7 @@ FILTER_V = tl.constexpr(128)
 
 
 class Tokens(NamedTuple):
-    """The tokens that take part, side by side; rows from R on are zeros, labels -1."""
+    """The tokens that take part, side by side; hidden states and vectors from R on are zeros."""
 
     num_rows: Tensor  # R, [1] int32; where negative, nothing is to be done
     hidden: Tensor  # [N, D]

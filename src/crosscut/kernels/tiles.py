@@ -55,6 +55,8 @@ class Kernel(StrEnum):
     PAIR_MATMUL = "pair_matmul"
     POPULAR_MATMUL = "popular_matmul"
     ENTRY_MATMUL = "entry_matmul"  # 64 classes
+    DIVERGENCE = "divergence"  # two products at once, and what a sweep finds of them
+    DIVERGENCE_GRADIENT = "divergence_gradient"  # two products at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +126,9 @@ def table(
         return tiles(128, 128, 64, 8, 3, descriptors=True)
     if kernel == Kernel.PAIR_MATMUL and capability >= (9, 0):
         return tiles(128, 256, 128, 8, 2, descriptors=True)
+    if kernel in (Kernel.DIVERGENCE, Kernel.DIVERGENCE_GRADIENT):
+        block_v = 128 if kernel == Kernel.DIVERGENCE_GRADIENT and capability >= (9, 0) else 64
+        return tiles(128, block_v, 64, 8, 3, descriptors=capability >= (9, 0))
     if capability >= (9, 0):
         if hidden_size <= 768:  # tiles are finished after few steps
             if kernel == Kernel.MASS_LSE:

@@ -9,12 +9,22 @@ that crosscut uses by default.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from crosscut.backends.blocks.backward import compute_gradients
+from crosscut.backends.blocks.distillation import compute_divergences, compute_student_gradients
 from crosscut.backends.blocks.forward import BLOCK_N, KEPT, column_blocks, compute_statistics
 from crosscut.backends.blocks.logits import check_labels
 from crosscut.backends.blocks.tile_filter import tile_filtered_backward
-from crosscut.backends.protocol import Cotangents, Gradients, HeadProblem, Needs, Statistics
+from crosscut.backends.protocol import (
+    Cotangents,
+    DistillationProblem,
+    Divergences,
+    Gradients,
+    HeadProblem,
+    Needs,
+    Statistics,
+)
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -69,6 +79,21 @@ class BlocksBackend:
         sizes = kept.new_tensor([len(block) for block in rows.split(BLOCK_N)])
         tail = statistics.tail_mass.sum().item()
         return (sizes @ kept).item() / len(rows), tail / len(rows)
+
+    def why_not_distil(self, problem: DistillationProblem) -> str | None:
+        return self.why_not(problem.student) or self.why_not(problem.teacher)
+
+    def divergences(self, problem: DistillationProblem) -> Divergences:
+        return compute_divergences(problem)
+
+    def student_gradients(
+        self,
+        problem: DistillationProblem,
+        found: Divergences,
+        cotangents: tuple[Tensor, Tensor | None, Tensor | None],
+        needs: Needs,
+    ) -> Gradients:
+        return compute_student_gradients(problem, found, cotangents, needs)
 
 
 def _filters_columns(problem: HeadProblem) -> bool:

@@ -38,10 +38,12 @@ from crosscut.options import workspace_limit
 BLOCK_N = 512
 """Tokens of one block, half of what a loss on one head takes: there are two, and a few of each."""
 
-GPU_BLOCK_N = 1024
-LIVE_BLOCKS = 6
-"""Blocks that there are at once. On a GPU, where each costs some thirty launches, they take
-``workspace_limit()`` bytes together. On a CPU they are small enough to stay in its cache."""
+GPU_BLOCK_N, GPU_BLOCK_V = 1024, 8192
+"""The most on a GPU, where a block costs some thirty launches. On a CPU they fit into its cache."""
+
+LIVE_BLOCKS = 8
+"""How many blocks there are at once, at most. On a GPU these, and the classifier's gradient of some
+classes, take no more than ``workspace_limit()`` bytes; but it is 1024 classes at least."""
 
 
 def compute_divergences(problem: DistillationProblem) -> Divergences:
@@ -160,6 +162,14 @@ def compute_student_gradients(
     return Gradients(whole, d_classifier, d_bias)
 
 
+def gpu_block(num_rows: int, hidden_size: int, number_bytes: int) -> tuple[int, int]:
+    """Tokens and classes of a block on a GPU."""
+    tokens = max(1, min(num_rows, GPU_BLOCK_N))
+    of_a_class = number_bytes * (LIVE_BLOCKS * tokens + 2 * hidden_size)
+    classes = workspace_limit() // of_a_class // 256 * 256
+    return tokens, min(max(1024, classes), GPU_BLOCK_V)
+
+
 class _Side:
     """One of the two heads: its blocks of logits and its running log-sum-exp, [R]."""
 
@@ -172,10 +182,11 @@ class _Side:
         self.center: Tensor | None = None  # where low precision rounds least
         self.block_n, self.block_v = BLOCK_N, BLOCK_V
         if rows.device.type != "cpu":
-            self.block_n = min(GPU_BLOCK_N, max(1, len(rows)))
-            column_bytes = LIVE_BLOCKS * self.block_n * zeros.element_size()
-            self.block_v = max(1024, workspace_limit() // column_bytes // 256 * 256)
-        self._hidden = take_rows(problem.hidden, rows)  # once: it waits for a GPU
+            number_bytes = zeros.element_size()
+            self.block_n, self.block_v = gpu_block(len(rows), problem.hidden.shape[1], number_bytes)
+        # Whether the rows have a gap is looked at once: a GPU must be waited for.
+        no_gap = len(rows) > 0 and bool(rows[-1] - rows[0] == len(rows) - 1)
+        self._together = take_rows(problem.hidden, rows) if no_gap else None
 
     def class_blocks(self) -> Iterator[slice]:
         num_classes = len(self.problem.classifier)
@@ -191,7 +202,9 @@ class _Side:
         return self.problem.classifier[classes].to(self.logits.fast)
 
     def hidden(self, part: slice) -> Tensor:
-        return self._hidden[part].to(self.logits.fast)
+        if self._together is None:
+            return self.problem.hidden[self.rows[part]].to(self.logits.fast)
+        return self._together[part].to(self.logits.fast)
 
     def block(self, classes: slice, classifier: Tensor, part: slice) -> Tensor:
         """Logits less the reference, [v, n]."""
@@ -219,7 +232,8 @@ def _look_ahead(problem: DistillationProblem, student: _Side, teacher: _Side) ->
 
     That is at the mean logit of the softmax: the log-sum-exp is far above the logits that hold the
     mass where the softmax is flat. The reverse divergence asks the teacher what the student thinks
-    likely. Forward and backward come to the same centers, and so to the same blocks.
+    likely. Forward and backward come to the same centers, and so to the same blocks, as long as the
+    workspace has the same limit.
     """
     if all(side.logits.fast == side.logits.dtype for side in (student, teacher)):
         return

@@ -2,7 +2,8 @@
 
 :mod:`.forward` is Algorithms 1 and 2 of the paper (arXiv:2411.09009), and marks the columns of the
 softmax that are worth computing again. :mod:`.filtered` computes those, the gradient under
-``"auto"``; :mod:`.sweep` computes them all, or the paper's tiles. See docs/gpu.md.
+``"auto"``; :mod:`.sweep` computes them all, or the paper's tiles. :mod:`.distillation` is of two
+heads. See docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -15,7 +16,15 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from crosscut.backends.protocol import Cotangents, Gradients, HeadProblem, Needs, Statistics
+from crosscut.backends.protocol import (
+    Cotangents,
+    DistillationProblem,
+    Divergences,
+    Gradients,
+    HeadProblem,
+    Needs,
+    Statistics,
+)
 from crosscut.backends.triton.column_filter import (
     MAX_TAIL,
     block_tokens,
@@ -115,6 +124,33 @@ class TritonBackend:
         if kept > most_pairs(problem) or (problem.options.policy == "auto" and tail > MAX_TAIL):
             return 1.0, 0.0
         return kept / masses.numel(), tail
+
+    def why_not_distil(self, problem: DistillationProblem) -> str | None:
+        student, teacher = problem.student, problem.teacher
+        if student.options.backend != self.name:
+            return "distils where it is asked to by name"
+        dtypes = {student.hidden.dtype, teacher.hidden.dtype}
+        if len(dtypes) > 1 or torch.float16 in dtypes:
+            return "distils heads that are both bfloat16 or both float32"
+        return self.why_not(student) or self.why_not(teacher)
+
+    def divergences(self, problem: DistillationProblem) -> Divergences:
+        from crosscut.backends.triton.distillation import compute_divergences
+
+        with _on(problem.student):
+            return compute_divergences(problem)
+
+    def student_gradients(
+        self,
+        problem: DistillationProblem,
+        found: Divergences,
+        cotangents: tuple[Tensor, Tensor | None, Tensor | None],
+        needs: Needs,
+    ) -> Gradients:
+        from crosscut.backends.triton.distillation import compute_student_gradients
+
+        with _on(problem.student):
+            return compute_student_gradients(problem, found, cotangents, needs)
 
 
 def _on(problem: HeadProblem) -> AbstractContextManager[object]:

@@ -70,5 +70,5 @@ def _filled(like: Statistics, found: LinearLse, labels: Tensor) -> Statistics:
     if found.rank is None or found.best_class is None:
         return like
     rank, best = found.rank.long(), found.best_class.long()
-    argmax = torch.where(rank == 0, labels.clamp_min(0), best)
+    argmax = like_or(best, lambda: torch.where(rank == 0, labels.clamp_min(0), best))
     return like._replace(argmax=argmax, target_rank=rank)

@@ -31,6 +31,7 @@ from crosscut.backends.protocol import Cotangents, Gradients, HeadProblem, Stati
 from crosscut.kernels.exact_sweep import SweepOutputs, exact_sweep
 from crosscut.kernels.gather_tokens import PerToken, gather_tokens
 from crosscut.kernels.kept_rows import KeptRows, kept_tokens
+from crosscut.kernels.launch import like_or
 from crosscut.kernels.move_rows import move_rows
 from crosscut.kernels.softmax_gradient import HeadChunk, Tokens, softmax_gradient
 from crosscut.kernels.tile_matmul import (
@@ -84,7 +85,7 @@ def _sweep_at_once(problem: HeadProblem, together: KeptTokens, out: Gradients) -
         d_hidden = tokens.hidden.new_zeros(tokens.hidden.shape, dtype=torch.float32)
     if out.bias is not None:
         class_sum = out.bias.new_empty(out.bias.shape, dtype=torch.float32)
-    dz = _workspace(problem, _chunk_width(problem, gradient, matmul))
+    dz = new_workspace(problem, chunk_width(problem, gradient, matmul))
     exact_sweep(
         Head(
             hidden, problem.classifier, None if bias is None else bias.contiguous(),
@@ -98,7 +99,7 @@ def _sweep_at_once(problem: HeadProblem, together: KeptTokens, out: Gradients) -
     return d_hidden
 
 
-def _workspace(problem: HeadProblem, width: int) -> Tensor:
+def new_workspace(problem: HeadProblem, width: int) -> Tensor:
     """For dz of a chunk: whole tiles of tokens, zeros past the last."""
     num_tokens = len(problem.hidden)
     dz = problem.hidden.new_empty(math.ceil(num_tokens / TILE) * TILE, width)
@@ -135,8 +136,8 @@ class _Chunks:
         if out.hidden is not None:
             self.d_hidden = torch.zeros_like(self.tokens.hidden, dtype=total)
         self.d_classifier, self.d_bias = out.classifier, out.bias
-        self.width = _chunk_width(problem, self.gradient, self.matmul)
-        self.workspace = _workspace(problem, self.width)
+        self.width = chunk_width(problem, self.gradient, self.matmul)
+        self.workspace = new_workspace(problem, self.width)
         if out.bias is not None:
             self.workspace.zero_()  # its sums are over all rows
 
@@ -222,15 +223,19 @@ def side_by_side(
     )
     tokens = gather_tokens(problem.hidden, of_tokens, kept, lift, multiple=block_n)
     if several:
-        rows = kept.rows.clamp_min(0).long()
+        rows = like_or(kept.rows, lambda: kept.rows.clamp_min(0)).long()
         d_targets = d_target[rows].float()
         tokens = tokens._replace(
-            labels=problem.labels[rows], d_targets=d_targets if lift is None else d_targets * lift
+            labels=problem.labels[rows],
+            d_targets=d_targets if lift is None else like_or(d_targets, lambda: d_targets * lift),
         )
     scale = torch.full(
         (1,), problem.options.logit_scale, dtype=torch.float32, device=problem.hidden.device
     )
-    return KeptTokens(kept, tokens, lift, scale if lift is None else scale / lift)
+    if lift is not None:
+        unlifted = scale
+        scale = like_or(unlifted, lambda: unlifted / lift)
+    return KeptTokens(kept, tokens, lift, scale)
 
 
 def _lift(problem: HeadProblem, statistics: Statistics, cotangents: Cotangents) -> Tensor:
@@ -240,6 +245,8 @@ def _lift(problem: HeadProblem, statistics: Statistics, cotangents: Cotangents) 
     power.
     """
     d_lse, d_target, d_sum, d_entropy = cotangents
+    if d_lse.is_meta:  # as in like_or
+        return d_lse.new_empty(())
     largest = d_lse.abs()
     if d_entropy is not None:  # -p log p is at most 1 / e
         largest = (d_lse - d_entropy * statistics.entropy).abs() + d_entropy.abs() / math.e
@@ -265,7 +272,7 @@ def _by_mean_logit(problem: HeadProblem, tokens: Tokens) -> Tensor:
     return logit.argsort(descending=True, stable=True)
 
 
-def _chunk_width(problem: HeadProblem, gradient: Tiles, matmul: Tiles) -> int:
+def chunk_width(problem: HeadProblem, gradient: Tiles, matmul: Tiles) -> int:
     """Classes of a chunk: as many as the workspace allows, and few programs idle."""
     num_tokens = len(problem.hidden)
     row_bytes = math.ceil(num_tokens / TILE) * TILE * problem.hidden.element_size()

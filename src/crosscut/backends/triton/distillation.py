@@ -1,0 +1,138 @@
+"""The divergence of a student's head from its teacher's, and the student's gradients.
+
+One sweep over both heads (two for a mixture); then, by chunks of the vocabulary as in
+:mod:`.sweep`, the gradient of the student's logits and its two products. 2NV(D + E) flop a sweep
+and a gradient, D and E being both hidden sizes, and 4NVD for the products.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from crosscut.backends.protocol import (
+    DistillationProblem,
+    Divergences,
+    Gradients,
+    HeadProblem,
+    Needs,
+)
+from crosscut.backends.triton.sweep import chunk_width, new_workspace
+from crosscut.kernels.divergence import Pair, divergence, divergence_gradient
+from crosscut.kernels.indexed_matmul import indexed_matmul
+from crosscut.kernels.kept_rows import KeptRows, kept_tokens
+from crosscut.kernels.move_rows import move_rows
+from crosscut.kernels.tile_matmul import TILE, add_hidden_gradient, classifier_gradient
+from crosscut.kernels.tiles import Head, Kernel, choose_tiles
+
+
+def compute_divergences(problem: DistillationProblem) -> Divergences:
+    """The divergence of every row that takes part, and the statistics of the hard loss."""
+    student = problem.student
+    if student.labels.is_cuda:  # as PyTorch does it there: a late error, of the device
+        torch._assert_async((student.labels < len(student.classifier)).all())
+    none = student.hidden.new_empty(0, dtype=torch.float32)
+    if not len(student.labels):
+        return Divergences(*(none.clone() for _ in Divergences._fields))
+    kept = kept_tokens(student.labels)
+    found = divergence(_pair(problem, kept), kept, choose_tiles(Kernel.DIVERGENCE, student.hidden))
+    target_logit = none.clone()
+    if problem.temperature is not None:
+        head = _head(student, student.hidden.contiguous())
+        target_logit = indexed_matmul(head, student.labels.contiguous()) * problem.temperature
+    return Divergences(
+        divergence=found.divergence,
+        hard_lse=none if found.hard_lse is None else found.hard_lse,
+        target_logit=target_logit,
+        student_lse=found.lse,
+        teacher_lse=found.teacher_lse,
+        center=found.center,
+    )
+
+
+def compute_student_gradients(
+    problem: DistillationProblem,
+    found: Divergences,
+    cotangents: tuple[Tensor, Tensor | None, Tensor | None],
+    needs: Needs,
+) -> Gradients:
+    """Gradients of the student's inputs.
+
+    Args:
+        problem: student and teacher.
+        found: what the forward returned.
+        cotangents: of divergence, hard_lse and target_logit, [N] each; None: zeros.
+        needs: which gradients are wanted.
+    """
+    head = problem.student
+    if not len(head.labels):
+        inputs = head.hidden, head.classifier, head.bias
+        return Gradients(*(
+            None if value is None or not need else torch.zeros_like(value)
+            for value, need in zip(inputs, needs, strict=True)
+        ))  # fmt: skip
+    kept = kept_tokens(head.labels)
+    pair, rows = _pair(problem, kept), kept.rows.clamp_min(0).long()
+    zeros = torch.zeros_like(found.divergence)
+    hard = found.hard_lse if len(found.hard_lse) else zeros
+    d_divergence, d_lse, d_target = (zeros if grad is None else grad for grad in cotangents)
+    of_tokens = [found.student_lse, found.teacher_lse, found.center, d_divergence, hard, d_lse]
+    vectors = torch.stack([*of_tokens, d_target], 1)[rows].float()  # [N, 7]
+    tokens = kept.count, head.labels[rows], vectors
+
+    gradient = choose_tiles(Kernel.DIVERGENCE_GRADIENT, head.hidden)
+    matmul = choose_tiles(Kernel.MATMUL, head.hidden)
+    width = chunk_width(head, gradient, matmul)
+    workspace = new_workspace(head, width)
+    scale = workspace.new_full((1,), head.options.logit_scale, dtype=torch.float32)
+    d_hidden = d_classifier = d_bias = None
+    if needs.hidden:
+        d_hidden = torch.zeros_like(pair.student.hidden, dtype=torch.float32)
+    if needs.classifier:
+        d_classifier = head.classifier.new_empty(head.classifier.shape)
+    if needs.bias and head.bias is not None:
+        d_bias = head.bias.new_empty(head.bias.shape)
+        workspace.zero_()  # its sums are over all rows
+    for first in range(0, len(head.classifier), width):
+        classes = slice(first, min(first + width, len(head.classifier)))
+        dz = workspace[: len(head.labels), : classes.stop - first]  # [N, chunk]
+        divergence_gradient(dz, pair, classes, tokens, gradient)
+        if d_hidden is not None:
+            chunk = head.classifier[classes]
+            add_hidden_gradient(d_hidden, dz, chunk, kept.count, None, matmul)
+        if d_classifier is not None:
+            classifier_gradient(
+                d_classifier[classes], dz, pair.student.hidden, kept.count, None, matmul,
+                scale=scale, out_rows=None,
+            )  # fmt: skip
+        if d_bias is not None:
+            d_bias[classes] = dz.sum(0, dtype=torch.float32).to(d_bias)
+    out = None
+    if d_hidden is not None:
+        out = move_rows(head.hidden.new_empty(head.hidden.shape), d_hidden, kept.place, scale)
+    return Gradients(out, d_classifier, d_bias)
+
+
+def _pair(problem: DistillationProblem, kept: KeptRows) -> Pair:
+    """Both heads, with the hidden states of kept tokens side by side, then zeros."""
+
+    def together(side: HeadProblem) -> Head:
+        num_tokens, hidden_size = side.hidden.shape
+        hidden = side.hidden.new_zeros(math.ceil(num_tokens / TILE) * TILE, hidden_size)
+        move_rows(hidden[:num_tokens], side.hidden, kept.rows)
+        return _head(side, hidden)
+
+    return Pair(
+        student=together(problem.student),
+        teacher=together(problem.teacher),
+        divergence=problem.divergence,
+        beta=problem.beta,
+        temperature=problem.temperature,
+    )
+
+
+def _head(side: HeadProblem, hidden: Tensor) -> Head:
+    bias = None if side.bias is None else side.bias.contiguous()
+    return Head(hidden, side.classifier, bias, side.options.logit_scale, side.options.softcap)

@@ -1,0 +1,540 @@
+"""How far a student's softmax is from its teacher's, and the gradient: the logits of neither.
+
+With z and t the logits of student and teacher, p and q their softmax, b = ``beta`` and
+``m = b q + (1 - b) p``, one sweep over both heads finds their log-sum-exps and
+
+    gap[n] = sum_v q (t - z)      forward divergence:  KL(q|p) = gap - lse_t + lse_z
+             sum_v p (z - t)      reverse divergence:  KL(p|q) = gap - lse_z + lse_t
+
+A mixture needs both log-sum-exps first, and a second sweep. The gradient of the logits z, with
+``center`` the mean under p of what stands beside p, is
+
+    forward    p - q                     reverse   p (log p - log q - center)
+    mixture    (1 - b) p (log p - log m) - p center
+
+times the divergence's cotangent; a hard loss, of the logits ``temperature * z``, adds that of a
+cross-entropy. It is stored by chunks of classes, as in :mod:`.softmax_gradient`.
+
+**Who owns what.** In a sweep, what :mod:`.linear_lse` owns, whose slices these are: a token tile
+and a slice of the vocabulary, walked in step with the others of the slice. Two products of a tile
+are in registers at once. In the gradient, what :mod:`.softmax_gradient` owns. Tokens are those that
+take part, side by side, then zeros. Plain stores, slices combined in order: reruns are bitwise
+equal.
+
+**Cost.** 2NV(D + E) flop a sweep and a gradient, D and E being both hidden sizes.
+
+**Numerics.** float32 until the store; the log-sum-exps are combined in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from crosscut.kernels.kept_rows import KeptRows
+from crosscut.kernels.launch import kernel
+from crosscut.kernels.linear_lse import MORE_GROUPS, share_of
+from crosscut.kernels.tiles import (
+    LOG2_E,
+    Head,
+    Tiles,
+    column_part,
+    descriptor,
+    logits_of,
+    num_programs,
+    product_tile,
+    tiles_in_group,
+)
+
+PARTS = tl.constexpr(4)  # of a tile's classes, one after the other: registers are short
+
+
+@triton.jit
+def logits_part(
+    product, bias_ptr, classes, num_classes, logit_scale, softcap, part: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Logits [BLOCK_N, BLOCK_V / PARTS] of one part of a product; any value past the end."""
+    bias = None
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + classes, mask=classes < num_classes, other=0.0)
+        bias = bias.to(tl.float32)[None, :]
+    return logits_of(
+        column_part(product, part, PARTS, TILE[0], TILE[1]), bias, logit_scale, softcap
+    )
+
+
+@triton.jit
+def add_to_lse(z, highest, total):
+    """More logits of some tokens to their ``max z`` and ``sum exp(z - max)``.
+
+    Returns both, ``exp(z - max)``, and what sums of such must be multiplied by.
+    """
+    higher = tl.maximum(highest, tl.max(z, 1))
+    reference = tl.where(higher == -float("inf"), 0.0, higher)
+    rescale = tl.exp2((highest - reference) * LOG2_E)
+    p = tl.exp2((z - reference[:, None]) * LOG2_E)
+    return higher, total * rescale + tl.sum(p, 1), p, rescale
+
+
+@triton.jit
+def log_mixture(log_p, log_q, log_share_p, log_share_q):
+    """``log(share_p p + share_q q)``."""
+    a, b = log_p + log_share_p, log_q + log_share_q
+    return tl.maximum(a, b) + tl.log(1 + tl.exp2(-tl.abs(a - b) * LOG2_E))
+
+
+@triton.jit
+def times_log_ratio(p, log_p, log_q):
+    """``p (log p - log q)``, 0 where p is."""
+    return tl.where(p > 0, p * (log_p - log_q), 0.0)
+
+
+@kernel
+def divergence_kernel(
+    num_rows_ptr,
+    hidden_ptr,
+    hidden_desc,
+    classifier_ptr,
+    classifier_desc,
+    bias_ptr,
+    teacher_hidden_ptr,
+    teacher_hidden_desc,
+    teacher_classifier_ptr,
+    teacher_classifier_desc,
+    teacher_bias_ptr,
+    lse_ptr,  # [N] by place, for a mixture
+    teacher_lse_ptr,
+    sums_ptr,  # [7, num_slots]
+    num_slots,
+    num_classes,
+    hidden_size,
+    stride_v,
+    stride_d,
+    logit_scale,
+    softcap,
+    teacher_hidden_size,
+    teacher_stride_v,
+    teacher_stride_d,
+    teacher_logit_scale,
+    teacher_softcap,
+    temperature,
+    log_share_p,
+    log_share_q,
+    most_tiles,
+    KIND: tl.constexpr,
+    HARD: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    BLOCK_N: tl.constexpr = TILE[0]
+    BLOCK_V: tl.constexpr = TILE[1]
+    num_rows = tl.load(num_rows_ptr)
+    token_tiles, class_tiles = tl.cdiv(num_rows, BLOCK_N), tl.cdiv(num_classes, BLOCK_V)
+    group, my_slice, slices, first_tile, last_tile, first, each = share_of(
+        tl.program_id(0), tl.num_programs(0), token_tiles, class_tiles, most_tiles
+    )
+    for start in range(0, token_tiles, group):
+        end = tl.minimum(tl.minimum(first + each, group) + start, token_tiles)
+        for tile in range(start + first, end):
+            rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            lse, teacher_lse = None, None
+            if KIND == "mixture":
+                lse = tl.load(lse_ptr + rows, mask=rows < num_rows, other=0.0)[:, None]
+                teacher_lse = tl.load(teacher_lse_ptr + rows, mask=rows < num_rows, other=0.0)
+                teacher_lse = teacher_lse[:, None]
+            highest = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+            total = tl.zeros((BLOCK_N,), tl.float32)
+            teacher_highest = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+            teacher_total = tl.zeros((BLOCK_N,), tl.float32)
+            gap = tl.zeros((BLOCK_N,), tl.float32)
+            hard_highest = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+            hard_total = tl.zeros((BLOCK_N,), tl.float32)
+            for class_tile in range(first_tile, last_tile):
+                first_class = class_tile * BLOCK_V
+                product = product_tile(
+                    hidden_ptr, hidden_desc, classifier_ptr, classifier_desc, rows.to(tl.int64),
+                    tile * BLOCK_N, first_class, num_classes, hidden_size, stride_v, stride_d,
+                    False, TILE,
+                )  # fmt: skip
+                teacher_product = product_tile(
+                    teacher_hidden_ptr, teacher_hidden_desc, teacher_classifier_ptr,
+                    teacher_classifier_desc, rows.to(tl.int64), tile * BLOCK_N, first_class,
+                    num_classes, teacher_hidden_size, teacher_stride_v, teacher_stride_d,
+                    False, TILE,
+                )  # fmt: skip
+                for part in tl.static_range(PARTS):
+                    classes = first_class + part * (BLOCK_V // PARTS)
+                    classes += tl.arange(0, BLOCK_V // PARTS)
+                    inside = (classes < num_classes)[None, :]
+                    z = logits_part(
+                        product, bias_ptr, classes, num_classes, logit_scale, softcap, part, TILE
+                    )
+                    t = logits_part(
+                        teacher_product, teacher_bias_ptr, classes, num_classes,
+                        teacher_logit_scale, teacher_softcap, part, TILE,
+                    )  # fmt: skip
+                    z = tl.where(inside, z, -float("inf"))
+                    t = tl.where(inside, t, -float("inf"))
+                    if KIND == "mixture":
+                        log_p, log_q = z - lse, t - teacher_lse
+                        log_m = log_mixture(log_p, log_q, log_share_p, log_share_q)
+                        p, q = tl.exp2(log_p * LOG2_E), tl.exp2(log_q * LOG2_E)
+                        total += tl.sum(times_log_ratio(p, log_p, log_m), 1)
+                        gap += tl.sum(times_log_ratio(q, log_q, log_m), 1)
+                    else:
+                        highest, total, p, rescale = add_to_lse(z, highest, total)
+                        teacher_highest, teacher_total, q, teacher_rescale = add_to_lse(
+                            t, teacher_highest, teacher_total
+                        )
+                        if KIND == "forward":
+                            gap = gap * teacher_rescale + tl.sum(times_log_ratio(q, t, z), 1)
+                        elif KIND == "reverse":
+                            gap = gap * rescale + tl.sum(times_log_ratio(p, z, t), 1)
+                    if HARD:
+                        hard_highest, hard_total, _p, _rescale = add_to_lse(
+                            z * temperature, hard_highest, hard_total
+                        )
+            place = sums_ptr + rows * slices + my_slice
+            mask = rows < num_rows
+            tl.store(place, highest, mask=mask)
+            tl.store(place + num_slots, total, mask=mask)
+            tl.store(place + 2 * num_slots, teacher_highest, mask=mask)
+            tl.store(place + 3 * num_slots, teacher_total, mask=mask)
+            tl.store(place + 4 * num_slots, gap, mask=mask)
+            if HARD:
+                tl.store(place + 5 * num_slots, hard_highest, mask=mask)
+                tl.store(place + 6 * num_slots, hard_total, mask=mask)
+
+
+@triton.jit
+def combined(highest, total, place, num_slots, valid):
+    """A slice's ``max`` and ``sum`` to those of the slices before.
+
+    Returns both, and what sums beside the old and beside the new must be multiplied by.
+    """
+    slice_highest = tl.load(place, mask=valid, other=0.0)
+    slice_total = tl.load(place + num_slots, mask=valid, other=0.0)
+    higher = tl.maximum(highest, slice_highest)
+    reference = tl.where(higher == -float("inf"), 0.0, higher)
+    old, new = tl.exp(highest - reference), tl.exp(slice_highest - reference)
+    return higher, total * old + slice_total * new, old, new
+
+
+@kernel
+def combine_divergence_kernel(
+    sums_ptr,
+    num_rows_ptr,
+    place_ptr,
+    divergence_ptr,
+    lse_ptr,
+    teacher_lse_ptr,
+    center_ptr,
+    hard_lse_ptr,
+    num_slots,
+    num_tokens,
+    num_classes,
+    programs,
+    beta,
+    most_tiles,
+    KIND: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One program BLOCK_N tokens; slices in order. 0 at tokens left out."""
+    token_tiles = tl.cdiv(tl.load(num_rows_ptr), BLOCK_N)
+    class_tiles = tl.cdiv(num_classes, BLOCK_V)
+    _group, _slice, slices, _first_tile, _last_tile, _first, _each = share_of(
+        0, programs, token_tiles, class_tiles, most_tiles
+    )
+    tokens = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = tokens < num_tokens
+    row = tl.load(place_ptr + tokens, mask=inside, other=-1)
+    valid = row >= 0
+    highest = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    teacher_highest, teacher_total = highest, total
+    hard_highest, hard_total = highest, total
+    gap = tl.zeros((BLOCK_N,), tl.float32)
+    for index in range(slices):
+        place = sums_ptr + row * slices + index
+        slice_gap = tl.load(place + 4 * num_slots, mask=valid, other=0.0)
+        if KIND == "mixture":
+            total += tl.load(place + num_slots, mask=valid, other=0.0)
+            gap += slice_gap
+        else:
+            highest, total, old, new = combined(highest, total, place, num_slots, valid)
+            teacher_highest, teacher_total, teacher_old, teacher_new = combined(
+                teacher_highest, teacher_total, place + 2 * num_slots, num_slots, valid
+            )
+            if KIND == "forward":
+                gap = gap * teacher_old + slice_gap * teacher_new
+            elif KIND == "reverse":
+                gap = gap * old + slice_gap * new
+            if hard_lse_ptr is not None:
+                hard_highest, hard_total, _old, _new = combined(
+                    hard_highest, hard_total, place + 5 * num_slots, num_slots, valid
+                )
+
+    if KIND == "mixture":
+        center = tl.where(valid, (1 - beta) * total, 0.0)
+        tl.store(center_ptr + tokens, center, mask=inside)
+        divergence = tl.where(valid, beta * gap + center, 0.0)
+        tl.store(divergence_ptr + tokens, divergence, mask=inside)
+    else:
+        total = tl.where(valid, total, 1.0)
+        teacher_total = tl.where(valid, teacher_total, 1.0)
+        lse = highest.to(tl.float64) + tl.log(total.to(tl.float64))
+        teacher_lse = teacher_highest.to(tl.float64) + tl.log(teacher_total.to(tl.float64))
+        lse, teacher_lse = tl.where(valid, lse, 0.0), tl.where(valid, teacher_lse, 0.0)
+        tl.store(lse_ptr + tokens, lse.to(tl.float32), mask=inside)
+        tl.store(teacher_lse_ptr + tokens, teacher_lse.to(tl.float32), mask=inside)
+        if hard_lse_ptr is not None:
+            hard_total = tl.where(valid, hard_total, 1.0)
+            hard_lse = hard_highest.to(tl.float64) + tl.log(hard_total.to(tl.float64))
+            hard_lse = tl.where(valid, hard_lse, 0.0)
+            tl.store(hard_lse_ptr + tokens, hard_lse.to(tl.float32), mask=inside)
+        center = tl.zeros((BLOCK_N,), tl.float32)
+        if KIND == "forward":
+            divergence = gap / teacher_total - (teacher_lse - lse).to(tl.float32)
+        else:
+            divergence = gap / total - (lse - teacher_lse).to(tl.float32)
+            center = tl.where(valid, divergence, 0.0)
+        if KIND == "forward" or KIND == "reverse":
+            divergence = tl.where(valid, divergence, 0.0)
+            tl.store(divergence_ptr + tokens, divergence, mask=inside)
+            tl.store(center_ptr + tokens, center, mask=inside)
+
+
+@kernel
+def divergence_gradient_kernel(
+    num_rows_ptr,
+    hidden_ptr,
+    hidden_desc,
+    classifier_ptr,
+    classifier_desc,
+    bias_ptr,
+    teacher_hidden_ptr,
+    teacher_hidden_desc,
+    teacher_classifier_ptr,
+    teacher_classifier_desc,
+    teacher_bias_ptr,
+    labels_ptr,  # [N]
+    vectors_ptr,  # [N, 7]
+    dz_ptr,
+    num_tokens,
+    first_label,
+    num_classes,
+    hidden_size,
+    stride_v,
+    stride_d,
+    stride_dz,
+    logit_scale,
+    softcap,
+    teacher_hidden_size,
+    teacher_stride_v,
+    teacher_stride_d,
+    teacher_logit_scale,
+    teacher_softcap,
+    temperature,
+    beta,
+    log_share_p,
+    log_share_q,
+    most_tiles,
+    KIND: tl.constexpr,
+    HARD: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    BLOCK_N: tl.constexpr = TILE[0]
+    BLOCK_V: tl.constexpr = TILE[1]
+    num_rows = tl.load(num_rows_ptr)
+    token_tiles = tl.cdiv(num_rows, BLOCK_N)
+    class_tiles = tl.cdiv(num_classes, BLOCK_V)
+    groups = tl.cdiv(token_tiles, most_tiles)
+    group = tl.cdiv(token_tiles, tl.maximum(groups, 1))
+
+    for index in range(tl.program_id(0), token_tiles * class_tiles, tl.num_programs(0)):
+        start = index // (group * class_tiles) * group
+        in_group = index - start * class_tiles
+        height = tl.minimum(group, token_tiles - start)
+        first_class = in_group // height * BLOCK_V
+        tile = start + in_group % height
+        tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        product = product_tile(
+            hidden_ptr, hidden_desc, classifier_ptr, classifier_desc, tokens.to(tl.int64),
+            tile * BLOCK_N, first_class, num_classes, hidden_size, stride_v, stride_d, False, TILE,
+        )  # fmt: skip
+        teacher_product = product_tile(
+            teacher_hidden_ptr, teacher_hidden_desc, teacher_classifier_ptr,
+            teacher_classifier_desc, tokens.to(tl.int64), tile * BLOCK_N, first_class, num_classes,
+            teacher_hidden_size, teacher_stride_v, teacher_stride_d, False, TILE,
+        )  # fmt: skip
+        for part in tl.static_range(PARTS):
+            classes = first_class + part * (BLOCK_V // PARTS) + tl.arange(0, BLOCK_V // PARTS)
+            vectors = vectors_ptr + tokens[:, None] * 7
+            taken = (tokens < num_rows)[:, None]
+            z = logits_part(
+                product, bias_ptr, classes, num_classes, logit_scale, softcap, part, TILE
+            )
+            t = logits_part(
+                teacher_product, teacher_bias_ptr, classes, num_classes, teacher_logit_scale,
+                teacher_softcap, part, TILE,
+            )  # fmt: skip
+            log_p = z - tl.load(vectors, mask=taken, other=0.0)
+            log_q = t - tl.load(vectors + 1, mask=taken, other=0.0)
+            p = tl.exp2(log_p * LOG2_E)
+            if KIND == "forward":
+                dz = p - tl.exp2(log_q * LOG2_E)
+            elif KIND == "reverse":
+                center = tl.load(vectors + 2, mask=taken, other=0.0)
+                dz = times_log_ratio(p, log_p, log_q) - p * center
+            else:
+                center = tl.load(vectors + 2, mask=taken, other=0.0)
+                log_m = log_mixture(log_p, log_q, log_share_p, log_share_q)
+                dz = (1 - beta) * times_log_ratio(p, log_p, log_m) - p * center
+            dz *= tl.load(vectors + 3, mask=taken, other=0.0)
+            if HARD:
+                hard = temperature * z - tl.load(vectors + 4, mask=taken, other=0.0)
+                hard = tl.exp2(hard * LOG2_E) * tl.load(vectors + 5, mask=taken, other=0.0)
+                label = tl.load(labels_ptr + tokens, mask=tokens < num_rows, other=-1) - first_label
+                is_target = classes[None, :] == label[:, None]
+                hard += tl.where(is_target, tl.load(vectors + 6, mask=taken, other=0.0), 0.0)
+                dz += temperature * hard
+            if softcap is not None:
+                capped = z / softcap
+                dz *= 1 - capped * capped
+            place = dz_ptr + tokens.to(tl.int64)[:, None] * stride_dz + classes[None, :]
+            dz = tl.where(taken & (classes < num_classes)[None, :], dz, 0.0)
+            mask = (tokens < num_tokens)[:, None] & (classes < stride_dz)[None, :]
+            tl.store(place, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+
+
+class Pair(NamedTuple):
+    """Student and teacher, and how far they are apart; hidden states of kept tokens, then zeros."""
+
+    student: Head
+    teacher: Head
+    divergence: str
+    beta: float
+    temperature: float | None  # that of the divergence, where there is a hard loss
+
+
+class Divergence(NamedTuple):
+    """[N] float32 each, 0 at tokens left out."""
+
+    divergence: Tensor
+    lse: Tensor
+    teacher_lse: Tensor
+    center: Tensor
+    hard_lse: Tensor | None
+
+
+def _sides(
+    pair: Pair, classes: slice, tiles: Tiles
+) -> tuple[tuple[object, ...], tuple[object, ...]]:
+    """Pointers of both heads for some classes, and their numbers."""
+    pointers, numbers = [], []
+    for head in (pair.student, pair.teacher):
+        rows = head.classifier[classes]
+        pointers += [
+            head.hidden,
+            descriptor(head.hidden, (tiles.block_n, tiles.block_d), tiles),
+            rows,
+            descriptor(rows, (tiles.block_v, tiles.block_d), tiles),
+            None if head.bias is None else head.bias[classes],
+        ]
+        numbers.append((rows.shape[1], *rows.stride(), head.logit_scale, head.softcap))
+    return tuple(pointers), (*numbers[0], *numbers[1])
+
+
+def _log_shares(beta: float) -> tuple[float, float]:
+    """Logarithms of the student's and of the teacher's share."""
+    return math.log1p(-beta), math.log(beta)
+
+
+def _group_tiles(pair: Pair, tiles: Tiles) -> int:
+    """Most token tiles worked on at a time: the hidden states of both must stay in the cache."""
+    both = torch.empty(
+        0, pair.student.hidden.shape[1] + pair.teacher.hidden.shape[1],
+        dtype=pair.student.hidden.dtype, device=pair.student.hidden.device,
+    )  # fmt: skip
+    return tiles_in_group(both, tiles)
+
+
+def divergence(pair: Pair, kept: KeptRows, tiles: Tiles) -> Divergence:
+    """Divergence, log-sum-exps and center of each token.
+
+    Args:
+        pair: both heads; hidden states [multiple of BLOCK_N, D], contiguous.
+        kept: the tokens that take part; [N].
+        tiles: BLOCK_N tokens x BLOCK_V classes, in steps of BLOCK_D dimensions.
+    """
+    num_tokens, device = len(kept.rows), kept.rows.device
+    programs, most_tiles = num_programs(device), _group_tiles(pair, tiles)
+    token_tiles = triton.cdiv(num_tokens, tiles.block_n)
+    most_groups = min(triton.cdiv(token_tiles, most_tiles) + MORE_GROUPS.value, token_tiles)
+    num_slots = tiles.block_n * (most_groups * programs + token_tiles)  # for any number of rows
+    hard = pair.temperature is not None
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    found = Divergence(
+        divergence=new(num_tokens), lse=new(num_tokens), teacher_lse=new(num_tokens),
+        center=new(num_tokens), hard_lse=new(num_tokens) if hard else None,
+    )  # fmt: skip
+    sums, num_classes = new(7, num_slots), len(pair.student.classifier)
+    pointers, numbers = _sides(pair, slice(None), tiles)
+
+    def sweep(kind: str, lses: tuple[Tensor | None, Tensor | None], hard: bool) -> None:
+        divergence_kernel[(programs,)](
+            kept.count, *pointers, *lses, sums, num_slots, num_classes, *numbers,
+            pair.temperature or 1.0, *_log_shares(pair.beta), most_tiles,
+            KIND=kind, HARD=hard, TILE=tiles.constants,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
+        combine_divergence_kernel[(token_tiles,)](
+            sums, kept.count, kept.place, *found[:4], found.hard_lse if hard else None, num_slots,
+            num_tokens, num_classes, programs, pair.beta, most_tiles,
+            KIND=kind, BLOCK_N=tiles.block_n, BLOCK_V=tiles.block_v, num_warps=4,
+        )  # fmt: skip
+
+    sweep(pair.divergence, (None, None), hard)
+    if pair.divergence == "js":
+        rows = kept.rows.clamp_min(0).long()
+        sweep("mixture", (found.lse[rows], found.teacher_lse[rows]), False)
+    return found
+
+
+def divergence_gradient(
+    dz: Tensor,
+    pair: Pair,
+    classes: slice,
+    tokens: tuple[Tensor, Tensor, Tensor],
+    tiles: Tiles,
+) -> None:
+    """Fill the first R rows of ``dz`` [N, chunk], and those of R's tile with zeros.
+
+    Args:
+        dz: contiguous rows, in the dtype of the hidden states.
+        pair: both heads.
+        classes: which of them the chunk is.
+        tokens: R [1] int32, labels [N] int64 and vectors [N, 7] float32, side by side: both
+            log-sum-exps, center, cotangent of the divergence; log-sum-exp of the hard loss, its
+            cotangent, and that of the target logit.
+        tiles: BLOCK_N tokens x BLOCK_V classes, in steps of BLOCK_D dimensions.
+    """
+    num_rows, labels, vectors = tokens
+    pointers, numbers = _sides(pair, classes, tiles)
+    student, teacher = numbers[:5], numbers[5:]
+    divergence_gradient_kernel[(num_programs(dz.device),)](
+        num_rows, *pointers, labels, vectors, dz, len(dz), classes.start,
+        len(pair.student.classifier[classes]), *student[:3], dz.stride(0), *student[3:], *teacher,
+        pair.temperature or 1.0, pair.beta, *_log_shares(pair.beta), _group_tiles(pair, tiles),
+        KIND=pair.divergence, HARD=pair.temperature is not None, TILE=tiles.constants,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
