@@ -161,6 +161,34 @@ def test_in_triton_across_chunks(divergence, device, monkeypatch):
 
 
 @pytest.mark.parametrize("device", TRITON)
+def test_in_triton_of_an_uneven_mixture(device):
+    """float32 has no 0.9999 to take from 1."""
+    head = make_head((40, 16, 150), torch.float32, device=device)
+    teacher = make_teacher((40,), 8, 150, torch.float32, device)
+    judge(head, teacher, divergence="js", beta=0.9999, backend="triton")
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("backend", ["blocks", pytest.param("triton", marks=NEEDS_INTERPRETER)])
+def test_not_a_number_stays_one(divergence, backend):
+    head = make_head((20, 16, 150), torch.float32)
+    teacher = make_teacher((20,), 16, 150, torch.float32)
+    head.input[3, 5] = teacher.input[3, 5] = math.nan
+    found = outcome(ours, head, teacher=teacher, divergence=divergence, backend=backend)
+    assert found.loss.isnan().nonzero().tolist() == [[3]]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("backend", ["blocks", pytest.param("triton", marks=NEEDS_INTERPRETER)])
+def test_logits_far_from_each_other(divergence, backend):
+    """By a constant, as those of two models may be: no softmax knows of it."""
+    head = make_head((40, 16, 150), torch.bfloat16, bias=True)
+    same = Teacher(head.input + 0.1 * head.input.roll(1, 0), head.linear_weight, None)
+    teacher = replace(same, bias=head.linear_bias + 30)
+    judge(head, teacher, divergence=divergence, backend=backend)
+
+
+@pytest.mark.parametrize("device", TRITON)
 def test_in_triton_nobody_counts(device):
     head = make_head((20, 16, 150), torch.float32, device=device, bias=True, ignored=1.0)
     teacher = make_teacher((20,), 8, 150, torch.float32, device)
@@ -315,6 +343,16 @@ def test_opcheck(hard, dtype, backend, tokens):
     for x in arguments[:3]:
         x.requires_grad_()
     torch.library.opcheck(torch.ops.crosscut.divergence.default, arguments)
+
+
+@pytest.mark.parametrize("backend", ["blocks", pytest.param("triton", marks=NEEDS_INTERPRETER)])
+def test_opcheck_of_a_transposed_head(backend):
+    """The strides that the compiler is promised are the strides it gets."""
+    arguments = list(op_arguments(hard=False, dtype=torch.bfloat16, backend=backend))
+    arguments[1] = arguments[1].t().contiguous().t()
+    for x in arguments[:3]:
+        x.requires_grad_()
+    torch.library.opcheck(torch.ops.crosscut.divergence.default, tuple(arguments))
 
 
 class TestReductions:

@@ -152,7 +152,7 @@ def _(
 ) -> tuple[Tensor, ...]:
     wanted = zip((hidden, classifier, bias), needs, strict=True)
     return tuple(
-        hidden.new_empty(0) if value is None or not need else torch.empty_like(value)
+        hidden.new_empty(0) if value is None or not need else value.new_empty(value.shape)
         for value, need in wanted
     )
 

@@ -132,7 +132,8 @@ def _(
 ) -> tuple[Tensor, ...]:
     wanted = zip((hidden, classifier, bias), needs, strict=True)
     return tuple(
-        hidden.new_empty(value.shape if value is not None and need else 0) for value, need in wanted
+        hidden.new_empty(0) if value is None or not need else value.new_empty(value.shape)
+        for value, need in wanted
     )
 
 

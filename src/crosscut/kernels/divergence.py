@@ -1,6 +1,7 @@
 """How far a student's softmax is from its teacher's, and the gradient: the logits of neither.
 
-With z and t the logits of student and teacher, p and q their softmax, b = ``beta`` and
+With z and t the logits of student and teacher, p and q their softmax, b = ``beta`` (the share of q,
+1 - b that of p: each comes from the host, for float32 cannot subtract so near 1) and
 ``m = b q + (1 - b) p``, one sweep over both heads finds their log-sum-exps and
 
     gap[n] = sum_v q (t - z)      forward divergence:  KL(q|p) = gap - lse_t + lse_z
@@ -92,7 +93,7 @@ def log_mixture(log_p, log_q, log_share_p, log_share_q):
 @triton.jit
 def times_log_ratio(p, log_p, log_q):
     """``p (log p - log q)``, 0 where p is."""
-    return tl.where(p > 0, p * (log_p - log_q), 0.0)
+    return tl.where(p == 0, 0.0, p * (log_p - log_q))
 
 
 @kernel
@@ -239,7 +240,8 @@ def combine_divergence_kernel(
     num_tokens,
     num_classes,
     programs,
-    beta,
+    share_p,
+    share_q,
     most_tiles,
     KIND: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -281,9 +283,9 @@ def combine_divergence_kernel(
                 )
 
     if KIND == "mixture":
-        center = tl.where(valid, (1 - beta) * total, 0.0)
+        center = tl.where(valid, share_p * total, 0.0)
         tl.store(center_ptr + tokens, center, mask=inside)
-        divergence = tl.where(valid, beta * gap + center, 0.0)
+        divergence = tl.where(valid, share_q * gap + center, 0.0)
         tl.store(divergence_ptr + tokens, divergence, mask=inside)
     else:
         total = tl.where(valid, total, 1.0)
@@ -328,7 +330,7 @@ def divergence_gradient_kernel(
     dz_ptr,
     num_tokens,
     first_label,
-    num_classes,
+    num_columns,
     hidden_size,
     stride_v,
     stride_d,
@@ -341,7 +343,7 @@ def divergence_gradient_kernel(
     teacher_logit_scale,
     teacher_softcap,
     temperature,
-    beta,
+    share_p,
     log_share_p,
     log_share_q,
     most_tiles,
@@ -353,7 +355,7 @@ def divergence_gradient_kernel(
     BLOCK_V: tl.constexpr = TILE[1]
     num_rows = tl.load(num_rows_ptr)
     token_tiles = tl.cdiv(num_rows, BLOCK_N)
-    class_tiles = tl.cdiv(num_classes, BLOCK_V)
+    class_tiles = tl.cdiv(num_columns, BLOCK_V)
     groups = tl.cdiv(token_tiles, most_tiles)
     group = tl.cdiv(token_tiles, tl.maximum(groups, 1))
 
@@ -366,11 +368,11 @@ def divergence_gradient_kernel(
         tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         product = product_tile(
             hidden_ptr, hidden_desc, classifier_ptr, classifier_desc, tokens.to(tl.int64),
-            tile * BLOCK_N, first_class, num_classes, hidden_size, stride_v, stride_d, False, TILE,
+            tile * BLOCK_N, first_class, num_columns, hidden_size, stride_v, stride_d, False, TILE,
         )  # fmt: skip
         teacher_product = product_tile(
             teacher_hidden_ptr, teacher_hidden_desc, teacher_classifier_ptr,
-            teacher_classifier_desc, tokens.to(tl.int64), tile * BLOCK_N, first_class, num_classes,
+            teacher_classifier_desc, tokens.to(tl.int64), tile * BLOCK_N, first_class, num_columns,
             teacher_hidden_size, teacher_stride_v, teacher_stride_d, False, TILE,
         )  # fmt: skip
         for part in tl.static_range(PARTS):
@@ -378,10 +380,10 @@ def divergence_gradient_kernel(
             vectors = vectors_ptr + tokens[:, None] * 7
             taken = (tokens < num_rows)[:, None]
             z = logits_part(
-                product, bias_ptr, classes, num_classes, logit_scale, softcap, part, TILE
+                product, bias_ptr, classes, num_columns, logit_scale, softcap, part, TILE
             )
             t = logits_part(
-                teacher_product, teacher_bias_ptr, classes, num_classes, teacher_logit_scale,
+                teacher_product, teacher_bias_ptr, classes, num_columns, teacher_logit_scale,
                 teacher_softcap, part, TILE,
             )  # fmt: skip
             log_p = z - tl.load(vectors, mask=taken, other=0.0)
@@ -395,7 +397,7 @@ def divergence_gradient_kernel(
             else:
                 center = tl.load(vectors + 2, mask=taken, other=0.0)
                 log_m = log_mixture(log_p, log_q, log_share_p, log_share_q)
-                dz = (1 - beta) * times_log_ratio(p, log_p, log_m) - p * center
+                dz = share_p * times_log_ratio(p, log_p, log_m) - p * center
             dz *= tl.load(vectors + 3, mask=taken, other=0.0)
             if HARD:
                 hard = temperature * z - tl.load(vectors + 4, mask=taken, other=0.0)
@@ -408,7 +410,7 @@ def divergence_gradient_kernel(
                 capped = z / softcap
                 dz *= 1 - capped * capped
             place = dz_ptr + tokens.to(tl.int64)[:, None] * stride_dz + classes[None, :]
-            dz = tl.where(taken & (classes < num_classes)[None, :], dz, 0.0)
+            dz = tl.where(taken & (classes < num_columns)[None, :], dz, 0.0)
             mask = (tokens < num_tokens)[:, None] & (classes < stride_dz)[None, :]
             tl.store(place, dz.to(dz_ptr.dtype.element_ty), mask=mask)
 
@@ -499,7 +501,7 @@ def divergence(pair: Pair, kept: KeptRows, tiles: Tiles) -> Divergence:
         )  # fmt: skip
         combine_divergence_kernel[(token_tiles,)](
             sums, kept.count, kept.place, *found[:4], found.hard_lse if hard else None, num_slots,
-            num_tokens, num_classes, programs, pair.beta, most_tiles,
+            num_tokens, num_classes, programs, 1 - pair.beta, pair.beta, most_tiles,
             KIND=kind, BLOCK_N=tiles.block_n, BLOCK_V=tiles.block_v, num_warps=4,
         )  # fmt: skip
 
@@ -534,7 +536,7 @@ def divergence_gradient(
     divergence_gradient_kernel[(num_programs(dz.device),)](
         num_rows, *pointers, labels, vectors, dz, len(dz), classes.start,
         len(pair.student.classifier[classes]), *student[:3], dz.stride(0), *student[3:], *teacher,
-        pair.temperature or 1.0, pair.beta, *_log_shares(pair.beta), _group_tiles(pair, tiles),
+        pair.temperature or 1.0, 1 - pair.beta, *_log_shares(pair.beta), _group_tiles(pair, tiles),
         KIND=pair.divergence, HARD=pair.temperature is not None, TILE=tiles.constants,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip

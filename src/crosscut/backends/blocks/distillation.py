@@ -127,8 +127,10 @@ def compute_student_gradients(
     teacher.settle(found.teacher_lse[rows])
     dtype, scale = student.logits.dtype, student.logits.scale
     d_hidden = head.hidden.new_zeros(len(rows), head.hidden.shape[1], dtype=dtype)
-    d_classifier = torch.empty_like(head.classifier) if needs.classifier else None
-    d_bias = torch.empty_like(head.bias) if needs.bias and head.bias is not None else None
+    d_classifier = head.classifier.new_empty(head.classifier.shape) if needs.classifier else None
+    d_bias = None
+    if needs.bias and head.bias is not None:
+        d_bias = head.bias.new_empty(head.bias.shape)
     for classes in student.class_blocks():
         c, teacher_c = student.classifier(classes), teacher.classifier(classes)
         d_c = torch.zeros(c.shape, dtype=dtype, device=c.device)
@@ -157,7 +159,7 @@ def compute_student_gradients(
 
     whole = None
     if needs.hidden:
-        whole = torch.zeros_like(head.hidden)
+        whole = head.hidden.new_zeros(head.hidden.shape)
         whole.index_copy_(0, rows, d_hidden.mul_(scale).to(whole))
     return Gradients(whole, d_classifier, d_bias)
 

@@ -70,7 +70,7 @@ def compute_student_gradients(
     if not len(head.labels):
         inputs = head.hidden, head.classifier, head.bias
         return Gradients(*(
-            None if value is None or not need else torch.zeros_like(value)
+            None if value is None or not need else value.new_zeros(value.shape)
             for value, need in zip(inputs, needs, strict=True)
         ))  # fmt: skip
     kept = kept_tokens(head.labels)
