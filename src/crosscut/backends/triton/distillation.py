@@ -2,7 +2,9 @@
 
 One sweep over both heads (two for a mixture); then, by chunks of the vocabulary as in
 :mod:`.sweep`, the gradient of the student's logits and its two products. 2NV(D + E) flop a sweep
-and a gradient, D and E being both hidden sizes, and 4NVD for the products.
+and a gradient, D and E being both hidden sizes, and 4NVD for the products. Workspace: a copy of
+both hidden states; in the backward, as much of the gradient of the logits as ``workspace_limit()``
+allows, and dH in float32.
 """
 
 from __future__ import annotations
