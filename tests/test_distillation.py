@@ -183,8 +183,9 @@ def test_not_a_number_stays_one(divergence, backend):
 def test_logits_far_from_each_other(divergence, backend):
     """By a constant, as those of two models may be: no softmax knows of it."""
     head = make_head((40, 16, 150), torch.bfloat16, bias=True)
-    same = Teacher(head.input + 0.1 * head.input.roll(1, 0), head.linear_weight, None)
-    teacher = replace(same, bias=head.linear_bias + 30)
+    assert head.linear_bias is not None
+    near = head.input + 0.1 * head.input.roll(1, 0)
+    teacher = Teacher(near, head.linear_weight, head.linear_bias + 30)
     judge(head, teacher, divergence=divergence, backend=backend)
 
 

@@ -250,7 +250,18 @@ def _look_ahead(problem: DistillationProblem, student: _Side, teacher: _Side) ->
             center[part] = _finite(block.masked_fill_(weight == 0, 0).mul_(weight).sum(0))
     for side, center in zip((student, teacher), centers, strict=True):
         if side.logits.fast != side.logits.dtype:
-            side.center = center
+            side.center = center - _likely_bias(side.problem.bias, center)
+
+
+def _likely_bias(bias: Tensor | None, like: Tensor) -> Tensor | float:
+    """What of a likely class's logit is bias: products that round are that much lower.
+
+    The mean under the softmax of the bias alone; 0 where there is none.
+    """
+    if bias is None:
+        return 0.0
+    values = bias.to(like)
+    return _finite(_finite(values) @ values.softmax(0))
 
 
 def _mixture(problem: DistillationProblem, student: _Side, teacher: _Side) -> tuple[Tensor, Tensor]:

@@ -134,7 +134,7 @@ class LogitBlocks:
         """
         exact = center is None and hidden.dtype == self.dtype
         finest = reference if center is None else center
-        low = finest if self._plain else self._before_softcap(finest, bias)
+        low = finest if self._plain else self._before_softcap(finest)
         low = low.to(hidden.dtype)  # what the matmul can subtract before it rounds
         block = F.linear(classifier, hidden, -low).to(self.dtype)  # [v, n]
         subtracted = low.to(self.dtype)
@@ -159,14 +159,12 @@ class LogitBlocks:
             return None
         return (block + reference).div_(self.softcap).square_().neg_().add_(1)
 
-    def _before_softcap(self, logit: Tensor, bias: Tensor | None) -> Tensor:
-        """The dot product whose logit this is with a mean bias: where rounding should be finest.
+    def _before_softcap(self, logit: Tensor) -> Tensor:
+        """The dot product whose logit this is, bias aside: where rounding should be finest.
 
         Not further than 0.97 softcaps: beyond, the slope of the softcap shrinks every error, and
         a log-sum-exp near the softcap says nothing of where the dot products are.
         """
         if self.softcap is not None:
             logit = self.softcap * torch.atanh((logit / self.softcap).clamp(-0.75, 0.75))
-        if bias is not None:
-            logit = logit - bias.nan_to_num(0.0, 0.0, 0.0).mean(dtype=self.dtype)
         return logit / self.scale if self.scale else torch.zeros_like(logit)
