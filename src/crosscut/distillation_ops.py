@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from crosscut.backends import choose_for_distillation
-from crosscut.backends.protocol import DistillationProblem, Divergences, HeadProblem, Needs
+from crosscut.backends.protocol import (
+    DistillationProblem,
+    DivergenceCotangents,
+    Divergences,
+    HeadProblem,
+    Needs,
+)
 from crosscut.custom_operator import custom_operator
 from crosscut.options import HeadOptions
 
@@ -120,7 +126,7 @@ def _divergence_backward(
         gradients = choose_for_distillation(problem).student_gradients(
             problem,
             Divergences(*found),
-            (d_divergence, d_hard_lse, d_target_logit),
+            DivergenceCotangents(d_divergence, d_hard_lse, d_target_logit),
             Needs(*needs),
         )
     d_hidden, d_classifier, d_bias = (

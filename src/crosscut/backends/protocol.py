@@ -84,6 +84,14 @@ class Divergences(NamedTuple):
     center: Tensor  # what the divergence's slope has for mean under the student
 
 
+class DivergenceCotangents(NamedTuple):
+    """Gradients of what a student's forward returns, [N] each; None: it has none."""
+
+    divergence: Tensor
+    hard_lse: Tensor | None
+    target_logit: Tensor | None
+
+
 class Statistics(NamedTuple):
     """What a forward returns. [N] vectors are 0 at rows that take no part.
 
@@ -179,15 +187,8 @@ class Backend(Protocol):
         self,
         problem: DistillationProblem,
         found: Divergences,
-        cotangents: tuple[Tensor, Tensor | None, Tensor | None],
+        cotangents: DivergenceCotangents,
         needs: Needs,
     ) -> Gradients:
-        """Gradients of the student's inputs.
-
-        Args:
-            problem: student and teacher.
-            found: what ``divergences`` returned.
-            cotangents: of divergence, hard_lse and target_logit, [N] each; None: zeros.
-            needs: which gradients are wanted.
-        """
+        """Gradients of the student's inputs, given what ``divergences`` returned."""
         ...

@@ -9,7 +9,6 @@ that crosscut uses by default.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from crosscut.backends.blocks.backward import compute_gradients
 from crosscut.backends.blocks.distillation import compute_divergences, compute_student_gradients
@@ -19,6 +18,7 @@ from crosscut.backends.blocks.tile_filter import tile_filtered_backward
 from crosscut.backends.protocol import (
     Cotangents,
     DistillationProblem,
+    DivergenceCotangents,
     Divergences,
     Gradients,
     HeadProblem,
@@ -90,7 +90,7 @@ class BlocksBackend:
         self,
         problem: DistillationProblem,
         found: Divergences,
-        cotangents: tuple[Tensor, Tensor | None, Tensor | None],
+        cotangents: DivergenceCotangents,
         needs: Needs,
     ) -> Gradients:
         return compute_student_gradients(problem, found, cotangents, needs)

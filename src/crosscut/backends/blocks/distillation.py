@@ -28,6 +28,7 @@ from crosscut.backends.blocks.forward import BLOCK_V
 from crosscut.backends.blocks.logits import LogitBlocks, check_labels, find_labels, take_rows
 from crosscut.backends.protocol import (
     DistillationProblem,
+    DivergenceCotangents,
     Divergences,
     Gradients,
     HeadProblem,
@@ -108,17 +109,10 @@ def compute_divergences(problem: DistillationProblem) -> Divergences:
 def compute_student_gradients(
     problem: DistillationProblem,
     found: Divergences,
-    cotangents: tuple[Tensor, Tensor | None, Tensor | None],
+    cotangents: DivergenceCotangents,
     needs: Needs,
 ) -> Gradients:
-    """Gradients of the student's inputs.
-
-    Args:
-        problem: student and teacher.
-        found: what the forward returned.
-        cotangents: of divergence, hard_lse and target_logit, [N] each; None: zeros.
-        needs: which gradients are wanted.
-    """
+    """Gradients of the student's inputs, given what the forward returned."""
     head = problem.student
     rows = head.rows
     student, teacher = _Side(head, rows), _Side(problem.teacher, rows)
@@ -142,7 +136,7 @@ def compute_student_gradients(
             chosen = rows[part]
             dz = _hard_gradient(problem, found, cotangents, log_p, (classes, chosen))
             soft = _slope(problem, log_p, log_q, found.center[chosen])
-            soft.mul_(cotangents[0][chosen])
+            soft.mul_(cotangents.divergence[chosen])
             dz = soft if dz is None else dz.add_(soft)
             if slope is not None:
                 dz.mul_(slope)
@@ -306,7 +300,7 @@ def _slope(problem: DistillationProblem, log_p: Tensor, log_q: Tensor, center: T
 def _hard_gradient(
     problem: DistillationProblem,
     found: Divergences,
-    cotangents: tuple[Tensor, Tensor | None, Tensor | None],
+    cotangents: DivergenceCotangents,
     log_p: Tensor,
     where: tuple[slice, Tensor],
 ) -> Tensor | None:

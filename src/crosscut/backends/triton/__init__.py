@@ -19,6 +19,7 @@ from torch import Tensor
 from crosscut.backends.protocol import (
     Cotangents,
     DistillationProblem,
+    DivergenceCotangents,
     Divergences,
     Gradients,
     HeadProblem,
@@ -144,7 +145,7 @@ class TritonBackend:
         self,
         problem: DistillationProblem,
         found: Divergences,
-        cotangents: tuple[Tensor, Tensor | None, Tensor | None],
+        cotangents: DivergenceCotangents,
         needs: Needs,
     ) -> Gradients:
         from crosscut.backends.triton.distillation import compute_student_gradients

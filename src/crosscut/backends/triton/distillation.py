@@ -16,6 +16,7 @@ from torch import Tensor
 
 from crosscut.backends.protocol import (
     DistillationProblem,
+    DivergenceCotangents,
     Divergences,
     Gradients,
     HeadProblem,
@@ -57,17 +58,10 @@ def compute_divergences(problem: DistillationProblem) -> Divergences:
 def compute_student_gradients(
     problem: DistillationProblem,
     found: Divergences,
-    cotangents: tuple[Tensor, Tensor | None, Tensor | None],
+    cotangents: DivergenceCotangents,
     needs: Needs,
 ) -> Gradients:
-    """Gradients of the student's inputs.
-
-    Args:
-        problem: student and teacher.
-        found: what the forward returned.
-        cotangents: of divergence, hard_lse and target_logit, [N] each; None: zeros.
-        needs: which gradients are wanted.
-    """
+    """Gradients of the student's inputs, given what the forward returned."""
     head = problem.student
     if not len(head.labels):
         inputs = head.hidden, head.classifier, head.bias
