@@ -14,7 +14,6 @@ bare logits matmul, run in between.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import sys
 from collections.abc import Callable
@@ -68,10 +67,8 @@ def log_probs_and_entropy(workload: workloads.Workload) -> dict[str, Loss]:
 
 
 def distillation(teacher: workloads.Workload) -> dict[str, Loss]:
-    def ours(hidden: Tensor, classifier: Tensor, backend: str = "blocks") -> Tensor:
-        return crosscut.linear_kl_div(
-            hidden, classifier, teacher.hidden, teacher.classifier, backend=backend
-        )
+    def ours(hidden: Tensor, classifier: Tensor) -> Tensor:
+        return crosscut.linear_kl_div(hidden, classifier, teacher.hidden, teacher.classifier)
 
     def theirs(hidden: Tensor, classifier: Tensor) -> Tensor:
         log_p = F.linear(hidden, classifier).float().log_softmax(-1)
@@ -79,8 +76,6 @@ def distillation(teacher: workloads.Workload) -> dict[str, Loss]:
         return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
 
     found = contenders(ours, theirs)
-    if teacher.hidden.is_cuda:
-        found["crosscut, triton"] = functools.partial(ours, backend="triton")
     if teacher.hidden.is_cuda and find_spec("liger_kernel"):
         from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
             LigerFusedLinearJSD,

@@ -2,10 +2,11 @@
 
     python tests/compile_kernels.py cuda:90 bfloat16
 
-prints one JSON line a kernel: registers, bytes spilled, shared memory, and the seconds that each
-part of the compiler took (with TRITON_ALWAYS_COMPILE=1, else nothing of what is in its cache). What
-is compiled is what a launch would be: its options, its specialisation on alignment, the tiles of
-the table.
+prints one JSON line a kernel: registers, bytes spilled, shared memory, whether the assembler makes
+matrix products wait for each other that were to run on ahead (on Hopper; it does so silently where
+it loses track of their registers), and the seconds that each part of the compiler took (with
+TRITON_ALWAYS_COMPILE=1, else nothing of what is in its cache). What is compiled is what a launch
+would be: its options, its specialisation on alignment, the tiles of the table.
 """
 
 from __future__ import annotations
@@ -225,7 +226,7 @@ def launch_filtered(head: Any, tokens: Any, kept: Any, choose: Any) -> None:
         mass, kept.count, block_n=tiles.block_n,
         num_slots=4 * tiles.block_v, block_slots=tiles.block_v, most_tail=1.0,
     )  # fmt: skip
-    gradient = pair_gradient(head, tokens, pairs, mass, tiles, drop_below=2.0**-12, entry=2.0**-13)
+    gradient = pair_gradient(head, tokens, pairs, tiles, mass_unit=2.0**-12, entry=2.0**-13)
     slopes = None if head.softcap is None else (torch.zeros(len(hidden)), kept.rows)
     by_token, by_block = tail_of_tokens(tokens, slopes, pairs, gradient, tiles)
     rows = torch.zeros(blocks, hidden.shape[1])
@@ -245,8 +246,8 @@ def resources(kernel: Any, gpu: GPUTarget) -> dict[str, int]:
     found = {"shared": kernel.metadata.shared}
     if gpu.backend != "cuda":
         return found
-    name = "ptxas" if int(gpu.arch) < 100 else "ptxas-blackwell"
-    ptxas = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / name
+    tools = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
+    ptxas = tools / ("ptxas" if int(gpu.arch) < 100 else "ptxas-blackwell")
     arch = re.search(r"\.target (sm_\w+)", kernel.asm["ptx"])
     assert arch is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -258,6 +259,14 @@ def resources(kernel: Any, gpu: GPUTarget) -> dict[str, int]:
         ).stderr  # fmt: skip
     found["registers"] = int(re.search(r"Used (\d+) registers", log)[1])  # pyright: ignore
     found["spilled"] = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
+    if groups := kernel.asm["ptx"].count("wgmma.commit_group"):
+        with tempfile.NamedTemporaryFile() as cubin:
+            cubin.write(kernel.asm["cubin"])
+            cubin.flush()
+            listing = [tools / "nvdisasm", "-c", cubin.name]
+            code = subprocess.run(listing, check=True, capture_output=True, text=True).stdout
+        waits = len(re.findall(r"HGMMA[^;]*gsb0", code))  # one a group, unless each waits
+        found["serialized"] = waits > groups
     return found
 
 

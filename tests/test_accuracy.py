@@ -86,7 +86,12 @@ GRID = [
     (FLOAT32, 9, 256, 0.2),
 ]
 # On a GPU more tokens decide together: batches as its kernels are for, too.
-CUDA_GRID = GRID + [(BFLOAT16, 0, 8192, scale) for scale in (1.0, 2.0, 0.5, 0.2)]
+CUDA_GRID = [
+    *GRID,
+    *((BFLOAT16, 0, 8192, scale) for scale in (1.0, 2.0, 0.95, 0.9, 0.8, 0.7, 0.5, 0.2)),
+    *((BFLOAT16, 3, 1024, scale) for scale in (0.9, 0.8, 0.7)),
+    *((BFLOAT16, 0, 16384, scale) for scale in (1.0, 0.95, 0.9)),
+]
 
 
 def cases() -> Iterator[Any]:

@@ -179,10 +179,17 @@ def test_not_a_number_stays_one(divergence, backend):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("backend", ["blocks", pytest.param("triton", marks=NEEDS_INTERPRETER)])
-def test_logits_far_from_each_other(divergence, backend):
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("blocks", torch.bfloat16),
+        pytest.param("triton", torch.bfloat16, marks=NEEDS_INTERPRETER),
+        pytest.param("triton", torch.float32, marks=NEEDS_INTERPRETER),
+    ],
+)
+def test_logits_far_from_each_other(divergence, backend, dtype):
     """By a constant, as those of two models may be: no softmax knows of it."""
-    head = make_head((40, 16, 150), torch.bfloat16, bias=True)
+    head = make_head((40, 16, 150), dtype, bias=True)
     assert head.linear_bias is not None
     near = head.input + 0.1 * head.input.roll(1, 0)
     teacher = Teacher(near, head.linear_weight, head.linear_bias + 30)

@@ -30,7 +30,8 @@ def test_compiles(target):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_nothing_spills_on_hopper(dtype):
+def test_nothing_spills_or_waits_on_hopper(dtype):
     kernels = compile_for("cuda:90", dtype)
-    assert len(kernels) > 15
+    assert sum("serialized" in kernel for kernel in kernels) > 15
     assert [kernel for kernel in kernels if kernel["spilled"]] == []
+    assert [kernel for kernel in kernels if kernel.get("serialized")] == []

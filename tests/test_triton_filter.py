@@ -30,7 +30,7 @@ def drop_below(monkeypatch) -> Callable[[float], None]:
 
     def drop_below(mass: float) -> None:
         for module in (triton, filtered, forward):
-            monkeypatch.setattr(module, "drop_below", lambda num_classes: mass)
+            monkeypatch.setattr(module, "mass_unit", lambda num_classes: mass)
 
     return drop_below
 
@@ -107,6 +107,40 @@ def test_a_flat_softmax_gets_the_exact_gradient(drop_below):
         assert auto is not None
         assert exact is not None
         assert torch.equal(auto, exact)
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_a_heavier_tail_keeps_more(monkeypatch, drop_below, level):
+    """The highest threshold whose tail is light enough, in the report and in the kernels."""
+    from crosscut.backends import triton
+    from crosscut.backends.triton import filtered
+    from crosscut.kernels.kept_pairs import THRESHOLDS, kept_pairs
+
+    drop_below(0.3)
+    head = peaked((60, 48, 190))
+    calls = []
+
+    def spy(column_mass, num_rows, **options):
+        calls.append((column_mass, kept_pairs(column_mass, num_rows, **options)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(filtered, "kept_pairs", spy)
+    ours(head, policy="filtered")
+    masses = calls[0][0].float()
+    tails = [0.3 * masses[masses < threshold].sum().item() / 60 for threshold in THRESHOLDS]
+    assert tails == sorted(tails, reverse=True)
+    for module in (triton, filtered):
+        monkeypatch.setattr(module, "MAX_TAIL", 1.001 * tails[level])
+    found = crosscut.gradient_sparsity(
+        head.input, head.linear_weight, head.target, backend="triton"
+    )
+    assert found.tail == pytest.approx(tails[level], rel=1e-4)
+    assert found.kept == (~(masses < THRESHOLDS[level])).double().mean()
+    true = outcome(reference.linear_cross_entropy, head.double())
+    result = ours(head)
+    pairs = calls[-1][1]
+    assert (pairs.threshold.item(), int(pairs.num_rows)) == (THRESHOLDS[level], 60)
+    assert error(result.d_input, true.d_input) < 2 * tails[level] + rounding(torch.bfloat16)
 
 
 def test_pairs_that_do_not_fit_get_the_exact_gradient(monkeypatch):
@@ -191,32 +225,38 @@ def test_labels_come_first(num_classes):
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "most_tail", "blocks", "num_classes", "most_popular"),
+    ("num_rows", "threshold", "blocks", "num_classes", "most_popular"),
     [
-        (75, 1e9, 5, 700, 2**14),
+        (75, 1.0, 5, 700, 2**14),
+        (75, 0.5, 5, 700, 2**14),
+        (75, 0.125, 5, 700, 2**14),
         (75, 0.0, 5, 700, 2**14),
-        (20, 1e9, 5, 700, 2**14),
-        (0, 3e38, 5, 700, 2**14),
-        (4800, 1e9, 300, 200, 2**14),
-        (60, 1e9, 4, 9000, 2**14),
-        (60, 1e9, 4, 9000, 128),
+        (20, 1.0, 5, 700, 2**14),
+        (0, 1.0, 5, 700, 2**14),
+        (4800, 0.25, 300, 200, 2**14),
+        (60, 1.0, 4, 9000, 2**14),
+        (60, 1.0, 4, 9000, 128),
+        (60, 0.5, 4, 40000, 128),
     ],
 )
-def test_lists_of_kept_pairs(monkeypatch, num_rows, most_tail, blocks, num_classes, most_popular):
+def test_lists_of_kept_pairs(monkeypatch, num_rows, threshold, blocks, num_classes, most_popular):
     from crosscut.kernels import kept_pairs as module
     from crosscut.kernels.kept_pairs import kept_pairs
 
     monkeypatch.setattr(module, "MOST_POPULAR", most_popular)
     block_n, block_slots = 16, 32
-    mass = torch.rand(blocks, num_classes)
-    mass[torch.rand(blocks, num_classes) < torch.linspace(0, 0.9, num_classes)] = -1
+    used = -(-num_rows // block_n)
+    mass = 1.5 * torch.rand(blocks, num_classes)
+    mass[torch.rand(blocks, num_classes) < torch.linspace(0, 0.9, num_classes)] = torch.inf
+    most_tail = mass[:used][mass[:used] < threshold].sum() / max(num_rows, 1)
     used = -(-num_rows // block_n)
     found = kept_pairs(
-        mass, torch.tensor([num_rows], dtype=torch.int32), block_n=block_n, num_slots=2**16,
-        block_slots=block_slots, most_tail=most_tail,
+        mass, torch.tensor([num_rows], dtype=torch.int32), block_n=block_n, num_slots=2**18,
+        block_slots=block_slots, most_tail=1.001 * float(most_tail),
     )  # fmt: skip
 
-    kept = mass < 0
+    assert found.threshold.item() == threshold
+    kept = mass >= threshold
     kept[used:] = False
     popular = ((2 * kept.sum(0) >= used) & kept.any(0)).nonzero().flatten()[:most_popular]
     count = int(found.popular_count)
@@ -234,10 +274,11 @@ def test_lists_of_kept_pairs(monkeypatch, num_rows, most_tail, blocks, num_class
         slots = found.popular_slot[block, :count].long()
         assert torch.equal(slots >= 0, kept[block, popular])
         assert torch.equal(found.columns[slots[slots >= 0]].long(), popular[slots >= 0])
-        tail = mass[block].clamp_min(0).sum() if block < used else 0.0
-        assert found.tail[block].item() == pytest.approx(float(tail), rel=1e-5)
+        tail = torch.where(kept[block], 0, mass[block]) if block < used else mass[block] * 0
+        assert torch.equal(found.column_mass[block], tail.nan_to_num(0))
+        assert found.tail[block].item() == pytest.approx(float(tail.nansum()), rel=1e-5)
         first = next_block
-    filters = not num_rows or most_tail > 0
+    filters = not num_rows or threshold > 0
     assert (int(found.num_rows), int(found.exact_rows)) == (
         (num_rows, -1) if filters else (-1, num_rows)
     )
@@ -248,7 +289,7 @@ def test_too_many_pairs_are_not_listed():
 
     num_rows = torch.tensor([32], dtype=torch.int32)
     found = kept_pairs(
-        torch.full((2, 300), -1.0), num_rows, block_n=16, num_slots=512, block_slots=32,
+        torch.full((2, 300), torch.inf), num_rows, block_n=16, num_slots=512, block_slots=32,
         most_tail=1e9,
     )  # fmt: skip
     assert (int(found.num_rows), int(found.exact_rows)) == (-1, 32)

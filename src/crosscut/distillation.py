@@ -78,8 +78,9 @@ def linear_kl_div(
         logit_scale: of the student's logits.
         teacher_softcap: of the teacher's logits.
         teacher_logit_scale: of the teacher's logits.
-        backend: ``"auto"``, which is plain PyTorch on every device, or the name of one that must
-            serve this call. ``"triton"`` makes both logits in one kernel, in bfloat16 or float32.
+        backend: ``"auto"`` finds one that serves the call: on a GPU, kernels that make both logits
+            at once, where both heads are bfloat16 or both float32; else plain PyTorch, by blocks.
+            Or the name of one that must serve it.
 
     Returns:
         Nats, float32 (float64 for a float64 student): a scalar, or ``[...]``.

@@ -7,6 +7,9 @@ With z and t the logits of student and teacher, p and q their softmax, b = ``bet
     gap[n] = sum_v q (t - z)      forward divergence:  KL(q|p) = gap - lse_t + lse_z
              sum_v p (z - t)      reverse divergence:  KL(p|q) = gap - lse_z + lse_t
 
+with both logits relative to their own maximum, gap and log-sum-exps alike: no softmax knows of a
+constant between the two heads.
+
 A mixture needs both log-sum-exps first, and a second sweep. The gradient of the logits z, with
 ``center`` the mean under p of what stands beside p, is
 
@@ -73,13 +76,19 @@ def logits_part(
 
 
 @triton.jit
+def or_0(highest):
+    """What logits are taken relative to: their maximum, 0 where there is none yet."""
+    return tl.where(highest == -float("inf"), 0.0, highest)
+
+
+@triton.jit
 def add_to_lse(z, highest, total):
     """More logits of some tokens to their ``max z`` and ``sum exp(z - max)``.
 
     Returns both, ``exp(z - max)``, and what sums of such must be multiplied by.
     """
     higher = tl.maximum(highest, tl.max(z, 1))
-    reference = tl.where(higher == -float("inf"), 0.0, higher)
+    reference = or_0(higher)
     rescale = tl.exp2((highest - reference) * LOG2_E)
     p = tl.exp2((z - reference[:, None]) * LOG2_E)
     return higher, total * rescale + tl.sum(p, 1), p, rescale
@@ -138,11 +147,11 @@ def divergence_kernel(
     BLOCK_V: tl.constexpr = TILE[1]
     num_rows = tl.load(num_rows_ptr)
     token_tiles, class_tiles = tl.cdiv(num_rows, BLOCK_N), tl.cdiv(num_classes, BLOCK_V)
-    group, my_slice, slices, first_tile, last_tile, first, each = share_of(
+    group, my_slice, slices, first_tile, last_tile, first, last = share_of(
         tl.program_id(0), tl.num_programs(0), token_tiles, class_tiles, most_tiles
     )
     for start in range(0, token_tiles, group):
-        end = tl.minimum(tl.minimum(first + each, group) + start, token_tiles)
+        end = tl.minimum(start + last, token_tiles)
         for tile in range(start + first, end):
             rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
             lse, teacher_lse = None, None
@@ -157,7 +166,7 @@ def divergence_kernel(
             gap = tl.zeros((BLOCK_N,), tl.float32)
             hard_highest = tl.full((BLOCK_N,), -float("inf"), tl.float32)
             hard_total = tl.zeros((BLOCK_N,), tl.float32)
-            for class_tile in range(first_tile, last_tile):
+            for class_tile in tl.range(first_tile, last_tile, disable_licm=True):
                 first_class = class_tile * BLOCK_V
                 product = product_tile(
                     hidden_ptr, hidden_desc, classifier_ptr, classifier_desc, rows.to(tl.int64),
@@ -183,6 +192,10 @@ def divergence_kernel(
                     )  # fmt: skip
                     z = tl.where(inside, z, -float("inf"))
                     t = tl.where(inside, t, -float("inf"))
+                    if HARD:
+                        hard_highest, hard_total, _p, _rescale = add_to_lse(
+                            z * temperature, hard_highest, hard_total
+                        )
                     if KIND == "mixture":
                         log_p, log_q = z - lse, t - teacher_lse
                         log_m = log_mixture(log_p, log_q, log_share_p, log_share_q)
@@ -190,18 +203,23 @@ def divergence_kernel(
                         total += tl.sum(times_log_ratio(p, log_p, log_m), 1)
                         gap += tl.sum(times_log_ratio(q, log_q, log_m), 1)
                     else:
+                        moved, teacher_moved = or_0(highest), or_0(teacher_highest)
+                        before, teacher_before = total, teacher_total
                         highest, total, p, rescale = add_to_lse(z, highest, total)
                         teacher_highest, teacher_total, q, teacher_rescale = add_to_lse(
                             t, teacher_highest, teacher_total
                         )
+                        reference, teacher_reference = or_0(highest), or_0(teacher_highest)
+                        moved = reference - moved
+                        teacher_moved = teacher_reference - teacher_moved
+                        z -= reference[:, None]
+                        t -= teacher_reference[:, None]
                         if KIND == "forward":
+                            gap -= teacher_before * (teacher_moved - moved)
                             gap = gap * teacher_rescale + tl.sum(times_log_ratio(q, t, z), 1)
                         elif KIND == "reverse":
+                            gap -= before * (moved - teacher_moved)
                             gap = gap * rescale + tl.sum(times_log_ratio(p, z, t), 1)
-                    if HARD:
-                        hard_highest, hard_total, _p, _rescale = add_to_lse(
-                            z * temperature, hard_highest, hard_total
-                        )
             place = sums_ptr + rows * slices + my_slice
             mask = rows < num_rows
             tl.store(place, highest, mask=mask)
@@ -218,14 +236,16 @@ def divergence_kernel(
 def combined(highest, total, place, num_slots, valid):
     """A slice's ``max`` and ``sum`` to those of the slices before.
 
-    Returns both, and what sums beside the old and beside the new must be multiplied by.
+    Returns both, what sums beside the old and beside the new must be multiplied by, and how far
+    their references are from the new one.
     """
     slice_highest = tl.load(place, mask=valid, other=0.0)
     slice_total = tl.load(place + num_slots, mask=valid, other=0.0)
     higher = tl.maximum(highest, slice_highest)
-    reference = tl.where(higher == -float("inf"), 0.0, higher)
+    reference = or_0(higher)
     old, new = tl.exp(highest - reference), tl.exp(slice_highest - reference)
-    return higher, total * old + slice_total * new, old, new
+    moved = reference - or_0(highest), reference - or_0(slice_highest)
+    return higher, total * old + slice_total * new, (old, new), moved
 
 
 @kernel
@@ -252,7 +272,7 @@ def combine_divergence_kernel(
     """One program BLOCK_N tokens; slices in order. 0 at tokens left out."""
     token_tiles = tl.cdiv(tl.load(num_rows_ptr), BLOCK_N)
     class_tiles = tl.cdiv(num_classes, BLOCK_V)
-    _group, _slice, slices, _first_tile, _last_tile, _first, _each = share_of(
+    _group, _slice, slices, _first_tile, _last_tile, _first, _last = share_of(
         0, programs, token_tiles, class_tiles, most_tiles
     )
     tokens = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -271,16 +291,23 @@ def combine_divergence_kernel(
             total += tl.load(place + num_slots, mask=valid, other=0.0)
             gap += slice_gap
         else:
-            highest, total, old, new = combined(highest, total, place, num_slots, valid)
-            teacher_highest, teacher_total, teacher_old, teacher_new = combined(
+            before, teacher_before = total, teacher_total
+            highest, total, scales, moved = combined(highest, total, place, num_slots, valid)
+            teacher_highest, teacher_total, teacher_scales, teacher_moved = combined(
                 teacher_highest, teacher_total, place + 2 * num_slots, num_slots, valid
             )
             if KIND == "forward":
-                gap = gap * teacher_old + slice_gap * teacher_new
+                slice_total = tl.load(place + 3 * num_slots, mask=valid, other=0.0)
+                gap -= teacher_before * (teacher_moved[0] - moved[0])
+                slice_gap -= slice_total * (teacher_moved[1] - moved[1])
+                gap = gap * teacher_scales[0] + slice_gap * teacher_scales[1]
             elif KIND == "reverse":
-                gap = gap * old + slice_gap * new
+                slice_total = tl.load(place + num_slots, mask=valid, other=0.0)
+                gap -= before * (moved[0] - teacher_moved[0])
+                slice_gap -= slice_total * (moved[1] - teacher_moved[1])
+                gap = gap * scales[0] + slice_gap * scales[1]
             if hard_lse_ptr is not None:
-                hard_highest, hard_total, _old, _new = combined(
+                hard_highest, hard_total, _scales, _moved = combined(
                     hard_highest, hard_total, place + 5 * num_slots, num_slots, valid
                 )
 
@@ -292,9 +319,12 @@ def combine_divergence_kernel(
     else:
         total = tl.where(valid, total, 1.0)
         teacher_total = tl.where(valid, teacher_total, 1.0)
-        lse = highest.to(tl.float64) + tl.log(total.to(tl.float64))
-        teacher_lse = teacher_highest.to(tl.float64) + tl.log(teacher_total.to(tl.float64))
-        lse, teacher_lse = tl.where(valid, lse, 0.0), tl.where(valid, teacher_lse, 0.0)
+        log_total, teacher_log_total = (
+            tl.log(total.to(tl.float64)),
+            tl.log(teacher_total.to(tl.float64)),
+        )
+        lse = tl.where(valid, highest.to(tl.float64) + log_total, 0.0)
+        teacher_lse = tl.where(valid, teacher_highest.to(tl.float64) + teacher_log_total, 0.0)
         tl.store(lse_ptr + tokens, lse.to(tl.float32), mask=inside)
         tl.store(teacher_lse_ptr + tokens, teacher_lse.to(tl.float32), mask=inside)
         if hard_lse_ptr is not None:
@@ -304,9 +334,9 @@ def combine_divergence_kernel(
             tl.store(hard_lse_ptr + tokens, hard_lse.to(tl.float32), mask=inside)
         center = tl.zeros((BLOCK_N,), tl.float32)
         if KIND == "forward":
-            divergence = gap / teacher_total - (teacher_lse - lse).to(tl.float32)
+            divergence = gap / teacher_total - (teacher_log_total - log_total).to(tl.float32)
         else:
-            divergence = gap / total - (lse - teacher_lse).to(tl.float32)
+            divergence = gap / total - (log_total - teacher_log_total).to(tl.float32)
             center = tl.where(valid, divergence, 0.0)
         if KIND == "forward" or KIND == "reverse":
             divergence = tl.where(valid, divergence, 0.0)

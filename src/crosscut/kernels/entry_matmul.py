@@ -84,6 +84,7 @@ def list_entries_kernel(
     columns_ptr,
     cell_start_ptr,
     popular_rank_ptr,
+    threshold_ptr,
     before_ptr,  # [slots], entries in earlier slots of the cell
     end_ptr,
     place_ptr,
@@ -105,6 +106,7 @@ def list_entries_kernel(
     end = tl.load(cell_start_ptr + block * (cells + 1) + cells)
     if block * BLOCK_N >= num_rows:
         end = first
+    entry *= tl.load(threshold_ptr)
     tokens = block * BLOCK_N + tl.arange(0, BLOCK_N)
     labels = tl.load(labels_ptr + tokens, mask=tokens < num_rows, other=-1)
     d_lse = tl.load(vectors_ptr + tokens * 4 + 1, mask=tokens < num_rows, other=0.0)
@@ -170,8 +172,8 @@ def list_entries(
     )
     list_entries_kernel[(64, blocks)](
         all_rows, tokens.num_rows, tokens.labels, tokens.vectors, gradient.dz, pairs.columns,
-        pairs.cell_start, pairs.popular_rank, before, found.end, found.place, found.value,
-        found.num_rows, found.exact_rows, blocks, cells, most, entry,
+        pairs.cell_start, pairs.popular_rank, pairs.threshold, before, found.end, found.place,
+        found.value, found.num_rows, found.exact_rows, blocks, cells, most, entry,
         CELL=CELL, BLOCK_N=gradient.dz.shape[1], SLOTS=LIST_SLOTS, num_warps=4,
     )  # fmt: skip
     return found

@@ -1,7 +1,8 @@
 """The pairs (block of tokens, class) that a filtered gradient keeps, listed on the device.
 
-The forward leaves ``column_mass`` [blocks, V], where a kept pair is marked KEPT. Here that becomes,
-without the host knowing how many there are,
+The forward leaves ``column_mass`` [blocks, V]: of each pair the mass, KEPT at the labels. A pair is
+kept where it reaches a threshold, the highest of THRESHOLDS that leaves no more to the tail than is
+allowed. Here the kept pairs become, without the host knowing how many there are,
 
     columns[slot]          the class of each pair. Slots go block by block, and within a block by
                            class. A block's slots begin at a multiple of SLOTS.
@@ -12,15 +13,17 @@ without the host knowing how many there are,
     block 1   slots  SLOTS.. ..
 
 Classes kept by at least half of the blocks are *popular*: they are few and have most of the pairs.
-They are listed too, with their slot in every block.
+They are listed too, with their slot in every block. What is not kept is the tail, whose masses are
+left side by side.
 
-**When not.** Where the tail is too heavy, or the pairs are more than there is room for, nothing is
-to be made of them, and ``num_rows`` says so to whoever comes next.
+**When not.** Where the tail is too heavy at any threshold, or the pairs are more than there is room
+for, nothing is to be made of them, and ``num_rows`` says so to whoever comes next.
 
-**Who owns what.** Three launches. In the first a program owns two cells, in all blocks, and counts.
-In the second one owns a block, and sums the counts before each of its cells; another ranks popular
-classes. In the third one owns LIST_CELLS cells of a block, and lists. Only whole numbers are added
-by atomics. Bytes: twice ``column_mass``, and 4 a pair.
+**Who owns what.** Four launches. In the first a program owns every so many classes, in all blocks,
+and sums the tail of each threshold. In the second one owns two cells, in all blocks, and counts. In
+the third one owns a block, and sums the counts before each of its cells; another ranks popular
+classes. In the fourth one owns LIST_CELLS cells of a block, and lists. Only whole numbers are added
+by atomics. Bytes: four times ``column_mass``, and 4 a pair.
 """
 
 from __future__ import annotations
@@ -39,8 +42,12 @@ CELL = 64
 """Classes of a cell."""
 
 COUNT_CELLS, LIST_CELLS = 2, 32
+SURVEY_CLASSES, SURVEYORS = 128, 256
 
-MOST_POPULAR = 2**14
+THRESHOLDS = (1.0, 0.5, 0.25, 0.125)
+"""Of ``column_mass``: from which mass on a pair may be kept. Each half of the one before."""
+
+MOST_POPULAR = 2**15
 
 
 class KeptPairs(NamedTuple):
@@ -48,7 +55,9 @@ class KeptPairs(NamedTuple):
 
     columns: Tensor  # [slots] int32; 0 in the padding
     cell_start: Tensor  # [blocks, cells + 1] int32
-    tail: Tensor  # [blocks] float32, sum of the column masses of the pairs not kept
+    column_mass: Tensor  # [blocks, V], 0 in place of pairs that are kept, and of no tokens
+    tail: Tensor  # [blocks] float32, sums of ``column_mass``
+    threshold: Tensor  # [1] float32; 0 where the tail is too heavy at any
     popular: Tensor  # [MOST_POPULAR] int32
     popular_count: Tensor  # [1] int32
     popular_rank: Tensor  # [V] int32, -1 for others
@@ -57,13 +66,60 @@ class KeptPairs(NamedTuple):
     exact_rows: Tensor  # [1] int32, the same the other way round
 
 
+@triton.jit
+def is_kept(mass, threshold):
+    """Whether a pair is; a NaN is."""
+    return (mass < threshold) == 0
+
+
+@kernel
+def survey_kernel(
+    column_mass_ptr, num_rows_ptr, tails_ptr, num_blocks, num_classes, BLOCK_N: tl.constexpr,
+    CLASSES: tl.constexpr, THRESHOLDS: tl.constexpr,
+):  # fmt: skip
+    """Program i owns every num_programs(0)-th tile of classes: [thresholds, programs] tails."""
+    blocks = tl.cdiv(tl.load(num_rows_ptr), BLOCK_N)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    level = tl.arange(0, len(THRESHOLDS))
+    tails = tl.zeros((len(THRESHOLDS),), tl.float32)
+    for first in range(program * CLASSES, num_classes, programs * CLASSES):
+        classes = first + tl.arange(0, CLASSES)
+        for start in range(0, num_blocks, 32):
+            block = start + tl.arange(0, 32)
+            place = column_mass_ptr + block.to(tl.int64)[:, None] * num_classes + classes[None, :]
+            inside = (block < blocks)[:, None] & (classes < num_classes)[None, :]
+            mass = tl.load(place, mask=inside, other=0.0).to(tl.float32)  # [32, CLASSES]
+            for i in tl.static_range(len(THRESHOLDS)):
+                tail = tl.sum(tl.where(is_kept(mass, THRESHOLDS[i]), 0.0, mass))
+                tails += tl.where(level == i, tail, 0.0)
+    tl.store(tails_ptr + level * programs + program, tails)
+
+
+@triton.jit
+def choose_threshold(
+    tails_ptr, surveyors, most_tail, SURVEYORS: tl.constexpr, THRESHOLDS: tl.constexpr
+):
+    """The highest threshold that leaves at most ``most_tail``; 0 if none does."""
+    surveyor = tl.arange(0, SURVEYORS)
+    threshold = 0.0
+    for i in tl.static_range(len(THRESHOLDS)):
+        place = tails_ptr + i * surveyors + surveyor
+        tail = tl.sum(tl.load(place, mask=surveyor < surveyors, other=0.0), 0)
+        threshold = tl.where((threshold == 0) & (tail <= most_tail), THRESHOLDS[i], threshold)
+    return threshold
+
+
 @kernel
 def count_pairs_kernel(
-    column_mass_ptr, num_rows_ptr, count_ptr, block_count_ptr, tail_ptr, is_popular_ptr,
-    num_blocks, num_classes, cells, BLOCK_N: tl.constexpr, CELL: tl.constexpr,
-    CELLS: tl.constexpr,
+    column_mass_ptr, num_rows_ptr, tails_ptr, threshold_ptr, count_ptr, block_count_ptr, tail_ptr,
+    is_popular_ptr, num_blocks, num_classes, cells, surveyors, most_tail, BLOCK_N: tl.constexpr,
+    CELL: tl.constexpr, CELLS: tl.constexpr, SURVEYORS: tl.constexpr, THRESHOLDS: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(tl.load(num_rows_ptr), BLOCK_N)
+    num_rows = tl.load(num_rows_ptr)
+    threshold = choose_threshold(tails_ptr, surveyors, most_tail * num_rows, SURVEYORS, THRESHOLDS)
+    if tl.program_id(0) == 0:
+        tl.store(threshold_ptr, threshold)
+    blocks = tl.cdiv(num_rows, BLOCK_N)
     cell = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
     classes = tl.program_id(0) * CELLS * CELL + tl.arange(0, CELLS * CELL)
     kept_by = tl.zeros((CELLS * CELL,), tl.int32)
@@ -72,14 +128,14 @@ def count_pairs_kernel(
         place = column_mass_ptr + block.to(tl.int64)[:, None] * num_classes + classes[None, :]
         inside = (block < blocks)[:, None] & (classes < num_classes)[None, :]
         mass = tl.load(place, mask=inside, other=0.0).to(tl.float32)  # [32, CELLS * CELL]
-        kept = (mass < 0).to(tl.int32)
+        kept = (is_kept(mass, threshold) & inside).to(tl.int32)
         kept_by += tl.sum(kept, 0)
         place = count_ptr + block[:, None] * cells + cell[None, :]
         inside = (block < num_blocks)[:, None] & (cell < cells)[None, :]
         tl.store(place, tl.sum(kept.reshape(32, CELLS, CELL), 2), mask=inside)
         tl.atomic_add(block_count_ptr + block, tl.sum(kept, 1), mask=block < blocks)
         place = tail_ptr + block * tl.num_programs(0) + tl.program_id(0)
-        tl.store(place, tl.sum(tl.maximum(mass, 0.0), 1), mask=block < num_blocks)
+        tl.store(place, tl.sum(tl.where(kept > 0, 0.0, mass), 1), mask=block < num_blocks)
     popular = (kept_by * 2 >= blocks) & (kept_by > 0)
     tl.store(is_popular_ptr + classes, popular.to(tl.int8), mask=classes < num_classes)
 
@@ -129,9 +185,9 @@ def place_pairs_kernel(
 
 @kernel
 def list_pairs_kernel(
-    column_mass_ptr, num_rows_ptr, block_count_ptr, cell_start_ptr, tail_ptr, popular_rank_ptr,
-    columns_ptr, popular_slot_ptr, filtered_rows_ptr, exact_rows_ptr,
-    num_blocks, num_classes, cells, num_slots, most_popular, most_tail,
+    column_mass_ptr, num_rows_ptr, threshold_ptr, block_count_ptr, cell_start_ptr, popular_rank_ptr,
+    columns_ptr, popular_slot_ptr, tail_mass_ptr, filtered_rows_ptr, exact_rows_ptr,
+    num_blocks, num_classes, cells, num_slots, most_popular,
     BLOCK_N: tl.constexpr, SLOTS: tl.constexpr, CELL: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """Program (b, i) owns CELLS cells of block b; program (b, 0) its padding too."""
@@ -140,8 +196,11 @@ def list_pairs_kernel(
     cell = tl.program_id(1) * CELLS + tl.arange(0, CELLS)
     classes = cell[:, None] * CELL + tl.arange(0, CELL)[None, :]
     inside = (classes < num_classes) & (block * BLOCK_N < num_rows)
-    mass = column_mass_ptr + block.to(tl.int64) * num_classes + classes
-    kept = (tl.load(mass, mask=inside, other=0.0) < 0).to(tl.int32)  # [CELLS, CELL]
+    place = block.to(tl.int64) * num_classes + classes
+    mass = tl.load(column_mass_ptr + place, mask=inside, other=0.0)  # [CELLS, CELL]
+    threshold = tl.load(threshold_ptr)
+    kept = (is_kept(mass.to(tl.float32), threshold) & inside).to(tl.int32)
+    tl.store(tail_mass_ptr + place, tl.where(kept > 0, 0.0, mass), mask=classes < num_classes)
     cell_start_ptr += block * (cells + 1)
     first = tl.load(cell_start_ptr + cell, mask=cell < cells, other=0)
     slot = first[:, None] + tl.cumsum(kept, 1) - 1
@@ -156,13 +215,12 @@ def list_pairs_kernel(
         in_padding = (padding < tl.cdiv(end, SLOTS) * SLOTS) & (padding < num_slots)
         tl.store(columns_ptr + padding, tl.zeros((SLOTS,), tl.int32), mask=in_padding)
         if block == 0:
-            slots, tail = 0, 0.0
+            slots = 0
             for start in range(0, num_blocks, 128):
                 blocks = start + tl.arange(0, 128)
                 pairs = tl.load(block_count_ptr + blocks, mask=blocks < num_blocks, other=0)
                 slots += tl.sum(tl.cdiv(pairs, SLOTS) * SLOTS, 0)
-                tail += tl.sum(tl.load(tail_ptr + blocks, mask=blocks < num_blocks, other=0.0), 0)
-            filters = (slots <= num_slots) & (tail <= most_tail * num_rows)
+            filters = (slots <= num_slots) & (threshold > 0)
             tl.store(filtered_rows_ptr, tl.where(filters, num_rows, -1))
             tl.store(exact_rows_ptr, tl.where(filters, -1, num_rows))
 
@@ -176,10 +234,11 @@ def kept_pairs(
     block_slots: int,
     most_tail: float,
 ) -> KeptPairs:
-    """List the pairs marked KEPT in ``column_mass`` [blocks, V].
+    """List the pairs of ``column_mass`` [blocks, V] that are to be kept.
 
     Args:
-        column_mass: by block of tokens; what is in the blocks past the last token is not looked at.
+        column_mass: by block of tokens, KEPT at the labels; what is in the blocks past the last
+            token is not looked at.
         num_rows: [1] int32, how many rows take part.
         block_n: tokens of a block.
         num_slots: room for pairs and padding.
@@ -196,6 +255,8 @@ def kept_pairs(
     pairs = KeptPairs(
         columns=new(num_slots),
         cell_start=new(blocks, cells + 1),
+        column_mass=torch.empty_like(column_mass),
+        threshold=new(1, dtype=torch.float32),
         tail=new(blocks, dtype=torch.float32),
         popular=new(MOST_POPULAR),
         popular_count=new(1),
@@ -207,9 +268,16 @@ def kept_pairs(
     count, block_count = new(blocks, cells), new(blocks).zero_()
     chunk_tail = new(blocks, chunks, dtype=torch.float32)
     is_popular = new(num_classes, dtype=torch.int8)
+    surveyors = min(SURVEYORS, triton.cdiv(num_classes, SURVEY_CLASSES))
+    tails = new(len(THRESHOLDS), surveyors, dtype=torch.float32)
+    survey_kernel[(surveyors,)](
+        column_mass, num_rows, tails, blocks, num_classes, BLOCK_N=block_n,
+        CLASSES=SURVEY_CLASSES, THRESHOLDS=THRESHOLDS,
+    )  # fmt: skip
     count_pairs_kernel[(chunks,)](
-        column_mass, num_rows, count, block_count, chunk_tail, is_popular,
-        blocks, num_classes, cells, BLOCK_N=block_n, CELL=CELL, CELLS=COUNT_CELLS,
+        column_mass, num_rows, tails, pairs.threshold, count, block_count, chunk_tail, is_popular,
+        blocks, num_classes, cells, surveyors, most_tail, BLOCK_N=block_n, CELL=CELL,
+        CELLS=COUNT_CELLS, SURVEYORS=SURVEYORS, THRESHOLDS=THRESHOLDS,
     )  # fmt: skip
     place_pairs_kernel[(blocks + triton.cdiv(num_classes, FLAG_CLASSES),)](
         count, block_count, chunk_tail, is_popular, pairs.cell_start, pairs.tail,
@@ -217,9 +285,9 @@ def kept_pairs(
         MOST_POPULAR, SLOTS=block_slots, BLOCK=FLAG_CLASSES, num_warps=8,
     )  # fmt: skip
     list_pairs_kernel[(blocks, triton.cdiv(cells, LIST_CELLS))](
-        column_mass, num_rows, block_count, pairs.cell_start, pairs.tail, pairs.popular_rank,
-        pairs.columns, pairs.popular_slot, pairs.num_rows, pairs.exact_rows,
-        blocks, num_classes, cells, num_slots, MOST_POPULAR, most_tail,
+        column_mass, num_rows, pairs.threshold, block_count, pairs.cell_start, pairs.popular_rank,
+        pairs.columns, pairs.popular_slot, pairs.column_mass, pairs.num_rows, pairs.exact_rows,
+        blocks, num_classes, cells, num_slots, MOST_POPULAR,
         BLOCK_N=block_n, SLOTS=block_slots, CELL=CELL, CELLS=LIST_CELLS,
     )  # fmt: skip
     return pairs

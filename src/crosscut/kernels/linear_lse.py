@@ -35,9 +35,9 @@ entropy adds 4 bytes, ranks 12.
 **Column masses.** The same exponentials, summed over a tile's tokens instead of its classes, are
 the mass of a column of the softmax in that tile of tokens. The log-sum-exp is not known yet: the
 mass is taken relative to the larger of its running value and a lower bound given before
-(``reference``), and is rather too large. Where asked for, the masses are stored, or KEPT in place
-of those that reach ``drop_below`` and of the labels'. With a softcap every exponential counts times
-its slope, ``1 - (z / softcap)^2``, as in the gradient.
+(``reference``), and is rather too large. Where asked for, the masses are stored, KEPT in place of
+the labels'. With a softcap every exponential counts times its slope, ``1 - (z / softcap)^2``, as in
+the gradient.
 
 **Entropy.** ``W = sum exp(z - max) (z - max)`` runs along with ``S = sum exp(z - max)``, and in the
 end the entropy is ``log S - W / S``. When the maximum moves up by d, ``W`` becomes
@@ -69,6 +69,7 @@ from crosscut.kernels.tiles import (
     Tiles,
     column_part,
     descriptor,
+    dot_tile,
     load_rows,
     logits_of,
     num_programs,
@@ -76,7 +77,7 @@ from crosscut.kernels.tiles import (
     tiles_in_group,
 )
 
-KEPT = tl.constexpr(-1.0)  # what a column mass says of a column that is not to be left out
+KEPT = tl.constexpr(float("inf"))  # mass of a column that is not to be left out, whatever it has
 MORE_GROUPS = tl.constexpr(3)  # group counts tried, from the fewest that fit in L2
 
 
@@ -109,7 +110,7 @@ def share_of(program, programs, token_tiles, class_tiles, most_tiles):
     """A program's class tiles and its token tiles in each group.
 
     Returns the tiles in a group, the program's slice, of how many, its first class tile and that
-    after its last, and its first token tile in a group and how many follow at most.
+    after its last, and its first token tile in a group and that after its last.
     """
     group, wide, width, has_last = slices_of(token_tiles, class_tiles, programs, most_tiles)
     if program < wide * group:
@@ -119,7 +120,8 @@ def share_of(program, programs, token_tiles, class_tiles, most_tiles):
         my_slice, first = wide, (program - wide * group) * each
     first_tile = tl.minimum(my_slice * width, class_tiles)
     last_tile = class_tiles if my_slice == wide else tl.minimum(first_tile + width, class_tiles)
-    return group, my_slice, wide + has_last, first_tile, last_tile, first, each
+    last = tl.minimum(first + each, group)
+    return group, my_slice, wide + has_last, first_tile, last_tile, first, last
 
 
 @triton.jit
@@ -144,8 +146,9 @@ def sweep_slice(
     stride_d,
     logit_scale,
     softcap,
-    drop_below,
+    mass_unit,
     ENTROPY: tl.constexpr,
+    FOLD: tl.constexpr,
     GATHER: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -157,13 +160,15 @@ def sweep_slice(
     """
     BLOCK_N: tl.constexpr = TILE[0]
     BLOCK_V: tl.constexpr = TILE[1]
-    simple: tl.constexpr = bias_ptr is None and softcap is None and logit_weight_ptr is None
+    BLOCK_D: tl.constexpr = TILE[2]
+    PRECISION: tl.constexpr = TILE[3]
     # Of the whole product, halves or quarters: for which of them there are registers, was tried.
     ALONE: tl.constexpr = target_logit is None and not (ENTROPY and column_mass_ptr is not None)
     FEW: tl.constexpr = ENTROPY and bias_ptr is None and logit_weight_ptr is None
-    PARTS: tl.constexpr = 2 if ALONE and (simple or FEW) else 4
+    PARTS: tl.constexpr = 2 if ALONE and (FOLD or FEW) else 4
     PART: tl.constexpr = BLOCK_V // PARTS
     SLOPED: tl.constexpr = column_mass_ptr is not None and softcap is not None
+    unit = logit_scale if FOLD else 1.0  # of z
     highest = tl.full((BLOCK_N,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)  # of exp(z - highest)
     logit_sum = tl.zeros((BLOCK_N,), tl.float32)
@@ -172,62 +177,83 @@ def sweep_slice(
     rank = tl.zeros((BLOCK_N,), tl.int32)
     best_logit = tl.full((BLOCK_N,), -float("inf"), tl.float32)
     best_class = tl.zeros((BLOCK_N,), tl.int32)
-    for tile in range(first_tile, last_tile):
-        product = product_tile(
-            hidden_ptr, hidden_desc, classifier_ptr, classifier_desc, rows, first_row,
-            tile * BLOCK_V, num_classes, hidden_size, stride_v, stride_d, GATHER, TILE,
-        )  # fmt: skip
-        for part in tl.static_range(PARTS):
-            first_class = tile * BLOCK_V + part * PART
-            classes = first_class + tl.arange(0, PART)
-            z = column_part(product, part, PARTS, BLOCK_N, BLOCK_V)  # [BLOCK_N, PART]
-            if simple:
-                z *= logit_scale
-            else:
-                bias = None
-                if bias_ptr is not None:
-                    bias = tl.load(bias_ptr + classes, mask=classes < num_classes, other=0.0)
-                    bias = bias.to(tl.float32)[None, :]
-                z = logits_of(z, bias, logit_scale, softcap)
-                if logit_weight_ptr is not None:
-                    inside = classes < num_classes
-                    weight = tl.load(logit_weight_ptr + classes, mask=inside, other=0.0)
-                    weighted = tl.where(inside[None, :], weight[None, :] * z, 0.0)
-                    logit_sum += tl.sum(weighted, 1)
-            if SLOPED:
-                capped = z / softcap
-                slope = 1 - capped * capped
-            if first_class + PART > num_classes:
-                z = tl.where((classes < num_classes)[None, :], z, -float("inf"))
-            if target_logit is not None:
-                is_label = classes[None, :] == label[:, None]
-                before = classes[None, :] < label[:, None]
-                ahead = tl.where(before, z >= target_logit[:, None], z > target_logit[:, None])
-                rank += tl.sum(tl.where(is_label, 0, ahead.to(tl.int32)), 1)
-                others = tl.where(is_label, -float("inf"), z)
-                best = tl.max(others, 1)
-                place = tl.min(tl.where(others == best[:, None], classes[None, :], num_classes), 1)
-                best_class = tl.where(best > best_logit, place, best_class)
-                best_logit = tl.maximum(best_logit, best)
-            higher = tl.maximum(highest, tl.max(z, 1))
-            highest_or_0 = tl.where(higher == -float("inf"), 0.0, higher)
-            rescale = tl.exp2((highest - highest_or_0) * LOG2_E)
-            p = tl.exp2((z - highest_or_0[:, None]) * LOG2_E)
-            if ENTROPY:
-                weighted_total += total * tl.maximum(highest - highest_or_0, NEGLIGIBLE)
-                weighted = p * tl.maximum(z - highest_or_0[:, None], NEGLIGIBLE)
-                weighted_total = weighted_total * rescale + tl.sum(weighted, 1)
-            total = total * rescale + tl.sum(p, 1)
-            highest = higher
-            if column_mass_ptr is not None:
+    # One loop over the steps of all tiles, where TMA loads both: while a tile is summed up, the
+    # next is being loaded. Where much is summed, registers do not allow that.
+    LEAN: tl.constexpr = target_logit is None and logit_weight_ptr is None
+    FUSED: tl.constexpr = LEAN and not GATHER and classifier_desc is not None
+    steps = tl.cdiv(hidden_size, BLOCK_D)
+    product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    tile, step = first_tile - 1, steps - 1
+    rounds = (last_tile - first_tile) * (steps if FUSED else 1)
+    for _ in tl.range(0, rounds, disable_licm=True):  # frees registers
+        if FUSED and hidden_desc is not None and classifier_desc is not None:
+            step = tl.where(step == steps - 1, 0, step + 1)
+            if step == 0:
+                tile += 1
+            h = hidden_desc.load([first_row, step * BLOCK_D])
+            c = classifier_desc.load([tile * BLOCK_V, step * BLOCK_D]).T
+            product = dot_tile(h, c, product, PRECISION)
+        else:
+            tile += 1
+            product = product_tile(
+                hidden_ptr, hidden_desc, classifier_ptr, classifier_desc, rows, first_row,
+                tile * BLOCK_V, num_classes, hidden_size, stride_v, stride_d, GATHER, TILE,
+            )  # fmt: skip
+        if step == steps - 1:
+            for part in tl.static_range(PARTS):
+                first_class = tile * BLOCK_V + part * PART
+                classes = first_class + tl.arange(0, PART)
+                z = column_part(product, part, PARTS, BLOCK_N, BLOCK_V)  # [BLOCK_N, PART]
+                if not FOLD:
+                    bias = None
+                    if bias_ptr is not None:
+                        bias = tl.load(bias_ptr + classes, mask=classes < num_classes, other=0.0)
+                        bias = bias.to(tl.float32)[None, :]
+                    z = logits_of(z, bias, logit_scale, softcap)
+                    if logit_weight_ptr is not None:
+                        inside = classes < num_classes
+                        weight = tl.load(logit_weight_ptr + classes, mask=inside, other=0.0)
+                        weighted = tl.where(inside[None, :], weight[None, :] * z, 0.0)
+                        logit_sum += tl.sum(weighted, 1)
                 if SLOPED:
-                    p *= slope
-                    sloped_total = sloped_total * rescale + tl.sum(p, 1)
-                bound = tl.exp2((reference - highest_or_0) * LOG2_E)  # on the lse, as total is
-                share = 1 / (tl.maximum(bound, total) * drop_below)
-                mass = tl.sum(p * share[:, None], 0)
-                mass = tl.where(mass < 1, mass, KEPT).to(column_mass_ptr.dtype.element_ty)
-                tl.store(column_mass_ptr + classes, mass, mask=classes < num_classes)
+                    capped = z / softcap
+                    slope = 1 - capped * capped
+                if first_class + PART > num_classes:
+                    z = tl.where((classes < num_classes)[None, :], z, -float("inf"))
+                if target_logit is not None:
+                    is_label = classes[None, :] == label[:, None]
+                    before = classes[None, :] < label[:, None]
+                    ahead = tl.where(before, z >= target_logit[:, None], z > target_logit[:, None])
+                    rank += tl.sum(tl.where(is_label, 0, ahead.to(tl.int32)), 1)
+                    others = tl.where(is_label, -float("inf"), z)
+                    best = tl.max(others, 1)
+                    first = tl.where(others == best[:, None], classes[None, :], num_classes)
+                    place = tl.min(first, 1)
+                    best_class = tl.where(best > best_logit, place, best_class)
+                    best_logit = tl.maximum(best_logit, best)
+                higher = tl.maximum(highest, tl.max(z, 1) * unit)
+                highest_or_0 = tl.where(higher == -float("inf"), 0.0, higher)
+                rescale = tl.exp2((highest - highest_or_0) * LOG2_E)
+                if FOLD:
+                    p = tl.exp2(z * (unit * LOG2_E) - (highest_or_0 * LOG2_E)[:, None])
+                else:
+                    p = tl.exp2((z - highest_or_0[:, None]) * LOG2_E)
+                if ENTROPY:
+                    weighted_total += total * tl.maximum(highest - highest_or_0, NEGLIGIBLE)
+                    weighted = p * tl.maximum(z * unit - highest_or_0[:, None], NEGLIGIBLE)
+                    weighted_total = weighted_total * rescale + tl.sum(weighted, 1)
+                total = total * rescale + tl.sum(p, 1)
+                highest = higher
+                if column_mass_ptr is not None:
+                    if SLOPED:
+                        p *= slope
+                        sloped_total = sloped_total * rescale + tl.sum(p, 1)
+                    bound = tl.exp2((reference - highest_or_0) * LOG2_E)  # on the lse, as total is
+                    share = 1 / (tl.maximum(bound, total) * mass_unit)
+                    mass = tl.sum(p * share[:, None], 0)
+                    mass = mass.to(column_mass_ptr.dtype.element_ty)
+                    tl.store(column_mass_ptr + classes, mass, mask=classes < num_classes)
+            product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     ranked = rank, best_logit, best_class
     return highest, total, logit_sum, sloped_total, weighted_total, ranked
 
@@ -258,8 +284,9 @@ def linear_lse_kernel(
     stride_d,
     logit_scale,
     softcap,
-    drop_below,
+    mass_unit,
     most_tiles,
+    FOLD: tl.constexpr,
     TILE: tl.constexpr,
 ):
     BLOCK_N: tl.constexpr = TILE[0]
@@ -267,47 +294,47 @@ def linear_lse_kernel(
     program, programs = tl.program_id(0), tl.num_programs(0)
     num_rows = tl.load(num_rows_ptr)
     token_tiles, class_tiles = tl.cdiv(num_rows, BLOCK_N), tl.cdiv(num_classes, BLOCK_V)
-    group, my_slice, slices, first_tile, last_tile, first, each = share_of(
+    group, my_slice, slices, first_tile, last_tile, first, last = share_of(
         program, programs, token_tiles, class_tiles, most_tiles
     )
 
-    for start in range(0, token_tiles, group):
-        end = tl.minimum(tl.minimum(first + each, group) + start, token_tiles)
-        for tile in range(start + first, end):
-            rows, valid, first_row, no_gap = load_rows(rows_ptr, tile, num_rows, BLOCK_N)
-            masses, reference, label, target_logit = None, None, None, None
-            if column_mass_ptr is not None:
-                masses = column_mass_ptr + tile * tl.cast(num_classes, tl.int64)
-                reference = tl.load(reference_ptr + rows, mask=valid, other=float("inf"))
-            if target_logit_ptr is not None:
-                label = tl.load(labels_ptr + rows).to(tl.int32)
-                target_logit = tl.load(target_logit_ptr + rows)
-            if hidden_desc is not None and no_gap:
+    # First the tiles that TMA loads, then those with a gap: in two passes, for under a condition
+    # the assembler makes matrix products wait for each other.
+    for GATHER in tl.static_range(hidden_desc is None, 2):
+        for start in range(0, token_tiles, group):
+            end = tl.minimum(start + last, token_tiles)
+            for tile in range(start + first, end):
+                rows, valid, first_row, no_gap = load_rows(rows_ptr, tile, num_rows, BLOCK_N)
+                masses, reference, label, target_logit = None, None, None, None
+                if column_mass_ptr is not None:
+                    masses = column_mass_ptr + tile * tl.cast(num_classes, tl.int64)
+                    reference = tl.load(reference_ptr + rows, mask=valid, other=float("inf"))
+                if target_logit_ptr is not None:
+                    label = tl.load(labels_ptr + rows).to(tl.int32)
+                    target_logit = tl.load(target_logit_ptr + rows)
+                mine = True
+                if hidden_desc is not None:
+                    mine = no_gap == (not GATHER)
                 highest, total, logit_sum, sloped_total, weighted_total, ranked = sweep_slice(
                     hidden_ptr, hidden_desc, classifier_ptr, classifier_desc, bias_ptr,
                     logit_weight_ptr, masses, rows, first_row, reference, label, target_logit,
-                    first_tile, last_tile, num_classes, hidden_size, stride_v, stride_d,
-                    logit_scale, softcap, drop_below, slice_weighted_ptr is not None, False, TILE,
+                    first_tile, tl.where(mine, last_tile, first_tile), num_classes, hidden_size,
+                    stride_v, stride_d, logit_scale, softcap, mass_unit,
+                    slice_weighted_ptr is not None, FOLD, GATHER, TILE,
                 )  # fmt: skip
-            else:
-                highest, total, logit_sum, sloped_total, weighted_total, ranked = sweep_slice(
-                    hidden_ptr, hidden_desc, classifier_ptr, classifier_desc, bias_ptr,
-                    logit_weight_ptr, masses, rows, first_row, reference, label, target_logit,
-                    first_tile, last_tile, num_classes, hidden_size, stride_v, stride_d,
-                    logit_scale, softcap, drop_below, slice_weighted_ptr is not None, True, TILE,
-                )  # fmt: skip
-            place = (tile * BLOCK_N + tl.arange(0, BLOCK_N)) * slices + my_slice
-            tl.store(slice_highest_ptr + place, highest, mask=valid)
-            tl.store(slice_total_ptr + place, total, mask=valid)
-            if slice_sum_ptr is not None:
-                tl.store(slice_sum_ptr + place, logit_sum, mask=valid)
-            if slice_sloped_ptr is not None:
-                tl.store(slice_sloped_ptr + place, sloped_total, mask=valid)
-            if slice_weighted_ptr is not None:
-                tl.store(slice_weighted_ptr + place, weighted_total, mask=valid)
-            if slice_ranks is not None:
-                for i in tl.static_range(3):
-                    tl.store(slice_ranks[i] + place, ranked[i], mask=valid)
+                valid &= mine
+                place = (tile * BLOCK_N + tl.arange(0, BLOCK_N)) * slices + my_slice
+                tl.store(slice_highest_ptr + place, highest, mask=valid)
+                tl.store(slice_total_ptr + place, total, mask=valid)
+                if slice_sum_ptr is not None:
+                    tl.store(slice_sum_ptr + place, logit_sum, mask=valid)
+                if slice_sloped_ptr is not None:
+                    tl.store(slice_sloped_ptr + place, sloped_total, mask=valid)
+                if slice_weighted_ptr is not None:
+                    tl.store(slice_weighted_ptr + place, weighted_total, mask=valid)
+                if slice_ranks is not None:
+                    for i in tl.static_range(3):
+                        tl.store(slice_ranks[i] + place, ranked[i], mask=valid)
 
 
 @kernel
@@ -423,14 +450,13 @@ class LinearLse(NamedTuple):
 class Columns(NamedTuple):
     """Column masses to be stored.
 
-    For each tile of BLOCK_N kept rows ``sum_n slope p / drop_below``, or KEPT from 1 on and for the
-    rows' labels.
+    For each tile of BLOCK_N kept rows ``sum_n slope p / unit``, or KEPT for the rows' labels.
     """
 
     mass: Tensor  # [token tiles, V], any float dtype, contiguous
     labels: Tensor  # [N] int64
     reference: Tensor  # [N] float32, a lower bound of ``lse``
-    drop_below: float
+    unit: float
 
 
 def linear_lse(
@@ -461,7 +487,10 @@ def linear_lse(
     def new(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=hidden.device)
 
-    column_mass, column_labels, reference, drop_below = columns or (None, None, None, 1.0)
+    # The scale is multiplied into the exponent, which rounds a little more.
+    fold = hidden.dtype != torch.float32 and head.bias is None and head.softcap is None
+    fold &= head.logit_scale > 0 and logit_weight is None and target is None
+    column_mass, column_labels, reference, mass_unit = columns or (None, None, None, 1.0)
     sloped = column_mass is not None and head.softcap is not None
     slice_highest, slice_total = new(slots), new(slots)
     slice_sum = None if logit_weight is None else new(slots)
@@ -493,8 +522,9 @@ def linear_lse(
         *classifier.stride(),
         head.logit_scale,
         head.softcap,
-        drop_below,
+        mass_unit,
         most_tiles,
+        FOLD=fold,
         TILE=tiles.constants,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

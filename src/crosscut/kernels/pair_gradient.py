@@ -8,7 +8,9 @@ are made again, and
 is stored in the dtype of H, side by side. That is all that dH needs of the kept pairs. dC is made
 of the popular classes' pairs, whole, and of single *entries* of the others: those with
 
-    |dz| > entry |d_lse|        and every label's.
+    |dz| > entry threshold |d_lse|        and every label's,
+
+where ``threshold`` is that of the kept pairs: the flatter the softmax, the smaller what counts.
 
 **Who owns what.** A tile is SLOTS slots of one block. One program a multiprocessor; the first tile
 of every block, then the second of every block, and so on: what runs at once gathers its rows of C
@@ -17,7 +19,7 @@ from one region of the vocabulary, and finds them in the L2 cache.
 **The rest.** What is left out has row sums and column sums too; they are what stands for it. Here
 the kept softmax ``slope p`` is summed, tile by tile: over a tile's slots, for each token, of all
 pairs (``kept_mass``) and of those entries that dC has (``entry_mass``); over a pair's tokens, of
-what is no entry (into ``column_mass``, in place of the mark KEPT).
+what is no entry (into ``column_mass``, in place of 0).
 
 **Cost.** 2 flop a (pair, token, dimension), and 2 bytes written a (pair, token).
 """
@@ -78,6 +80,7 @@ def pair_gradient_kernel(
     columns_ptr,
     cell_start_ptr,
     popular_rank_ptr,
+    threshold_ptr,
     column_mass_ptr,
     dz_ptr,
     num_entries_ptr,
@@ -92,7 +95,7 @@ def pair_gradient_kernel(
     stride_d,
     logit_scale,
     softcap,
-    drop_below,
+    mass_unit,
     entry,
     TILE: tl.constexpr,
 ):
@@ -100,6 +103,7 @@ def pair_gradient_kernel(
     SLOTS: tl.constexpr = TILE[1]
     PARTS: tl.constexpr = 4 if SLOTS == 256 else 1  # a whole tile of 256 does not fit in registers
     num_rows = tl.load(num_rows_ptr)
+    entry *= tl.load(threshold_ptr)
     blocks = tl.cdiv(tl.maximum(num_rows, 0), BLOCK_N)
     most_tiles = 0
     for block in range(blocks):
@@ -162,7 +166,7 @@ def pair_gradient_kernel(
                 tl.store(entry_mass_ptr + sums, tl.sum(tl.where(is_entry, p, 0.0), 0))
 
             tl.store(num_entries_ptr + slots, tl.where(popular, 0, count))
-            rest /= drop_below
+            rest /= mass_unit
             tl.store(rest_ptr + slots, rest)
             mass = column_mass_ptr + block * tl.cast(num_classes, tl.int64) + classes
             rest = rest.to(column_mass_ptr.dtype.element_ty)
@@ -173,10 +177,9 @@ def pair_gradient(
     head: Head,
     tokens: Tokens,
     pairs: KeptPairs,
-    column_mass: Tensor,
     tiles: Tiles,
     *,
-    drop_below: float,
+    mass_unit: float,
     entry: float,
 ) -> PairGradient:
     """Dz of every kept pair, and the sums of what is left. Nothing if ``tokens.num_rows < 0``.
@@ -184,14 +187,13 @@ def pair_gradient(
     Args:
         head: the head; of its hidden states those in ``tokens`` are used.
         tokens: those that take part, side by side, up to a multiple of BLOCK_N.
-        pairs: lists with a multiple of BLOCK_V slots a block.
-        column_mass: [blocks, V], 0 in place of KEPT; gets the rest of each pair whose class is not
-            popular.
+        pairs: lists with a multiple of BLOCK_V slots a block; ``pairs.column_mass`` gets the rest
+            of each pair whose class is not popular.
         tiles: BLOCK_N tokens x BLOCK_V slots, in steps of BLOCK_D dimensions.
-        drop_below: unit of ``column_mass`` and ``rest``.
+        mass_unit: unit of ``column_mass`` and ``rest``.
         entry: see the module.
     """
-    num_slots, device = len(pairs.columns), column_mass.device
+    num_slots, device = len(pairs.columns), pairs.columns.device
     slot_tiles = num_slots // tiles.block_v
 
     def new(*shape: int) -> Tensor:
@@ -215,16 +217,17 @@ def pair_gradient(
         pairs.columns,
         pairs.cell_start,
         pairs.popular_rank,
-        column_mass,
+        pairs.threshold,
+        pairs.column_mass,
         *found,
-        *column_mass.shape[:1],
+        len(pairs.column_mass),
         pairs.cell_start.shape[1] - 1,
         len(head.classifier),
         head.hidden.shape[1],
         *head.classifier.stride(),
         head.logit_scale,
         head.softcap,
-        drop_below,
+        mass_unit,
         entry,
         TILE=tiles.constants,
         num_warps=tiles.num_warps,

@@ -127,8 +127,9 @@ def table(
     if kernel == Kernel.PAIR_MATMUL and capability >= (9, 0):
         return tiles(128, 256, 128, 8, 2, descriptors=True)
     if kernel in (Kernel.DIVERGENCE, Kernel.DIVERGENCE_GRADIENT):
-        block_v = 128 if kernel == Kernel.DIVERGENCE_GRADIENT and capability >= (9, 0) else 64
-        return tiles(128, block_v, 64, 8, 3, descriptors=capability >= (9, 0))
+        if capability >= (9, 0):
+            return tiles(128, 128, 64, 8, 4, descriptors=True)
+        return tiles(128, 64, 64, 8, 3)
     if capability >= (9, 0):
         if hidden_size <= 768:  # tiles are finished after few steps
             if kernel == Kernel.MASS_LSE:

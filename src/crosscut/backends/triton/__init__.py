@@ -29,8 +29,8 @@ from crosscut.backends.protocol import (
 from crosscut.backends.triton.column_filter import (
     MAX_TAIL,
     block_tokens,
-    drop_below,
     filters_columns,
+    mass_unit,
     most_pairs,
     token_blocks,
 )
@@ -114,22 +114,25 @@ class TritonBackend:
             return compute_gradients(problem, statistics, cotangents, needs)
 
     def sparsity(self, problem: HeadProblem, statistics: Statistics) -> tuple[float, float]:
+        from crosscut.kernels.kept_pairs import THRESHOLDS
+
         masses = statistics.column_mass
         num_rows = (problem.labels >= 0).sum().item()
         if not len(masses) or not num_rows:
             return 1.0, 0.0
         masses = masses[: math.ceil(num_rows / block_tokens(problem))]
-        kept = int((masses < 0).sum())
-        unit = drop_below(masses.shape[1])
-        tail = masses.clamp_min(0).sum(dtype=torch.float32).item() * unit / num_rows
-        if kept > most_pairs(problem) or (problem.options.policy == "auto" and tail > MAX_TAIL):
-            return 1.0, 0.0
-        return kept / masses.numel(), tail
+        auto, unit = problem.options.policy == "auto", mass_unit(masses.shape[1])
+        for threshold in THRESHOLDS:
+            in_tail = masses < threshold
+            kept = masses.numel() - int(in_tail.sum())
+            tail = masses[in_tail].sum(dtype=torch.float32).item() * unit / num_rows
+            if tail <= MAX_TAIL or not auto:
+                fits = kept <= most_pairs(problem)
+                return (kept / masses.numel(), tail) if fits else (1.0, 0.0)
+        return 1.0, 0.0
 
     def why_not_distil(self, problem: DistillationProblem) -> str | None:
         student, teacher = problem.student, problem.teacher
-        if student.options.backend != self.name:
-            return "distils where it is asked to by name"
         dtypes = {student.hidden.dtype, teacher.hidden.dtype}
         if len(dtypes) > 1 or torch.float16 in dtypes:
             return "distils heads that are both bfloat16 or both float32"

@@ -7,19 +7,22 @@ import math
 import torch
 
 from crosscut.backends.protocol import HeadProblem
+from crosscut.options import workspace_limit
 
 MAX_TAIL = 0.015
-"""Mean mass of a token's tail beyond which nothing is left out, under ``auto``."""
+"""Mean mass of a token's tail that may be left out, under ``auto``."""
 
 MOST_KEPT = 5 * 2**11
-"""Pairs (block of tokens, class) of a block that there is room for, on average."""
+"""Pairs (block of tokens, class) of a block that there is always room for, on average."""
 
 ENTRIES_PER_TOKEN = 256
 """Entries of dC that there is room for."""
 
 
-def drop_below(num_classes: int) -> float:
-    """A class joins a block's tail when its softmax, summed over the block's tokens, is below this.
+def mass_unit(num_classes: int) -> float:
+    """What column masses are counted in: a class joins a block's tail when its softmax, summed over
+    the block's tokens, is below this. Or below a half, a quarter, an eighth of it, where more than
+    MAX_TAIL would be in the tail.
 
     The fewer classes, the more is in each, and the less is a tail of such classes: less is kept for
     the same error. So it is on one model's logits over 32,064 to 262,144 of its classes; with few
@@ -47,8 +50,8 @@ def filters_columns(problem: HeadProblem) -> bool:
     """
     low_precision = problem.hidden.dtype in (torch.bfloat16, torch.float16)
     simple = problem.bias is None and problem.logit_weight is None and problem.labels.dim() == 1
-    num_tokens, num_classes = len(problem.labels), len(problem.classifier)
-    lists = max(num_tokens * MOST_KEPT, token_blocks(problem) * num_classes)  # are of int32
+    pairs, everything = most_pairs(problem), token_blocks(problem) * len(problem.classifier)
+    lists = max(pairs * block_tokens(problem), everything)  # are of int32
     sparse = problem.options.policy in ("auto", "filtered")
     return low_precision and simple and sparse and lists < 2**31
 
@@ -64,5 +67,12 @@ def token_blocks(problem: HeadProblem) -> int:
 
 
 def most_pairs(problem: HeadProblem) -> int:
-    """How many kept pairs there is room for."""
-    return token_blocks(problem) * min(MOST_KEPT, len(problem.classifier))
+    """How many kept pairs there is room for.
+
+    MOST_KEPT a block, or as many as fit where the exact gradient would have ``workspace_limit()``
+    and dH in float32; at most a quarter of all, with which the exact one is as fast.
+    """
+    blocks, num_classes = token_blocks(problem), len(problem.classifier)
+    pair_bytes = block_tokens(problem) * problem.hidden.element_size()
+    room = min(workspace_limit() + 4 * problem.hidden.numel(), 2**31) // (blocks * pair_bytes)
+    return blocks * min(max(MOST_KEPT, min(room, num_classes // 4)), num_classes)

@@ -71,7 +71,8 @@ def _kind(problem: HeadProblem, needs: Needs | None, has_gradient: bool) -> Hash
         for tensor in head
     ]
     options, num_classes = problem.options, len(problem.classifier)
-    how = options.policy, options.softcap is None, torch.backends.cuda.matmul.allow_tf32
+    logits = options.softcap is None, options.logit_scale > 0
+    how = options.policy, *logits, torch.backends.cuda.matmul.allow_tf32
     what = problem.labels.shape[1:], problem.entropy, problem.ranks
     return problem.hidden.device, *layout, num_classes, *how, *what, has_gradient, needs
 

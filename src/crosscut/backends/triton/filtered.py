@@ -6,9 +6,12 @@ out of the softmax stands, block by block, the rank-one matrix with the same row
 column sums (docs/method.md). Nothing here depends on how many pairs there are: the lists live on
 the device, and the host never waits.
 
-**When not.** Where the tail's mass exceeds MAX_TAIL, or the pairs do not fit, the softmax is too
-flat to leave much out, and every entry is computed: the exact sweep runs after all, decided on the
-device. Where it is not needed its kernels find nothing to do, some microseconds each.
+**How much.** The tail's mass bounds the error. It may have MAX_TAIL; where it has more, more pairs
+are kept, of the masses that the forward has left (:mod:`crosscut.kernels.kept_pairs`).
+
+**When not.** Where it has more even so, or the pairs do not fit, the softmax is too flat to leave
+much out, and every entry is computed: the exact sweep runs after all, decided on the device. Where
+it is not needed its kernels find nothing to do, some microseconds each.
 """
 
 from __future__ import annotations
@@ -23,14 +26,13 @@ from crosscut.backends.protocol import Gradients, HeadProblem, Statistics
 from crosscut.backends.triton.column_filter import (
     ENTRIES_PER_TOKEN,
     MAX_TAIL,
-    drop_below,
     entry_above,
+    mass_unit,
     most_pairs,
 )
 from crosscut.backends.triton.sweep import KeptTokens, sweep
 from crosscut.kernels.entry_matmul import classifier_rows, list_entries
 from crosscut.kernels.kept_pairs import kept_pairs
-from crosscut.kernels.launch import like_or
 from crosscut.kernels.pair_gradient import pair_gradient, tail_of_tokens
 from crosscut.kernels.pair_matmul import hidden_rows, popular_rows
 from crosscut.kernels.tiles import Head, Kernel, choose_tiles
@@ -59,20 +61,19 @@ def _from_kept_pairs(
     tiles = choose_tiles(Kernel.PAIRS, hidden)
     head = Head(hidden, classifier, None, problem.options.logit_scale, problem.options.softcap)
     blocks, num_classes = statistics.column_mass.shape
-    unit, entry = drop_below(num_classes), entry_above(len(hidden))
+    unit, entry = mass_unit(num_classes), entry_above(len(hidden))
     slots = (math.ceil(most_pairs(problem) / tiles.block_v) + blocks) * tiles.block_v
-    marked = statistics.column_mass
     pairs = kept_pairs(
-        marked, kept.count,
+        statistics.column_mass, kept.count,
         block_n=tiles.block_n, num_slots=slots, block_slots=tiles.block_v,
         most_tail=MAX_TAIL / unit if problem.options.policy == "auto" else _ANY_TAIL,
     )  # fmt: skip
     exact_rows = pairs.exact_rows
     tokens = tokens._replace(num_rows=pairs.num_rows)
 
-    column_mass = like_or(marked, lambda: marked.clamp_min(0))
+    column_mass = pairs.column_mass
     by_block = _product(column_mass, classifier) if out.hidden is not None else None  # [blocks, D]
-    gradient = pair_gradient(head, tokens, pairs, column_mass, tiles, drop_below=unit, entry=entry)
+    gradient = pair_gradient(head, tokens, pairs, tiles, mass_unit=unit, entry=entry)
     slope_mean = None
     if problem.options.softcap is not None:
         slope_mean = statistics.tail_mass, kept.rows

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from crosscut.backends.protocol import HeadProblem, Statistics
-from crosscut.backends.triton.column_filter import drop_below
+from crosscut.backends.triton.column_filter import mass_unit
 from crosscut.kernels.flags import flagged_first
 from crosscut.kernels.indexed_matmul import indexed_matmul
 from crosscut.kernels.kept_rows import kept_tokens
@@ -53,7 +53,7 @@ def compute_statistics(problem: HeadProblem, like: Statistics) -> Statistics:
         reference = like_or(scouted.lse, lambda: torch.maximum(target_logit, scouted.lse))
     least = problem.ranks or (problem.entropy and options.softcap is not None)
     tiles = choose_tiles(Kernel.WEIGHTED_LSE if least else Kernel.MASS_LSE, hidden)
-    columns = Columns(like.column_mass.zero_(), labels, reference, drop_below(num_classes))
+    columns = Columns(like.column_mass.zero_(), labels, reference, mass_unit(num_classes))
     found = linear_lse(head, kept, tiles, wanted, columns)
     return _filled(like._replace(target_logit=target_logit), found, labels)
 
