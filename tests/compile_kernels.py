@@ -2,11 +2,12 @@
 
     python tests/compile_kernels.py cuda:90 bfloat16
 
-prints one JSON line a kernel: registers, bytes spilled, shared memory, whether the assembler makes
-matrix products wait for each other that were to run on ahead (on Hopper; it does so silently where
-it loses track of their registers), and the seconds that each part of the compiler took (with
-TRITON_ALWAYS_COMPILE=1, else nothing of what is in its cache). What is compiled is what a launch
-would be: its options, its specialisation on alignment, the tiles of the table.
+prints one JSON line a kernel: registers, bytes of stack, which it has if it spills, shared memory,
+whether the assembler makes matrix products wait for each other that were to run on ahead (on
+Hopper; it does so silently where it loses track of their registers), and the seconds that each part
+of the compiler took (with TRITON_ALWAYS_COMPILE=1, else nothing of what is in its cache). What is
+compiled is what a launch would be: its options, its specialisation on alignment, the tiles of the
+table.
 """
 
 from __future__ import annotations
@@ -246,28 +247,26 @@ def resources(kernel: Any, gpu: GPUTarget) -> dict[str, int]:
     found = {"shared": kernel.metadata.shared}
     if gpu.backend != "cuda":
         return found
-    tools = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
-    ptxas = tools / ("ptxas" if int(gpu.arch) < 100 else "ptxas-blackwell")
-    arch = re.search(r"\.target (sm_\w+)", kernel.asm["ptx"])
-    assert arch is not None
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(kernel.asm["ptx"])
-        log = subprocess.run(
-            [ptxas, "-v", f"--gpu-name={arch[1]}", source, "-o", Path(folder, "out")],
-            check=True, capture_output=True, text=True,
-        ).stderr  # fmt: skip
-    found["registers"] = int(re.search(r"Used (\d+) registers", log)[1])  # pyright: ignore
-    found["spilled"] = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
-    if groups := kernel.asm["ptx"].count("wgmma.commit_group"):
-        with tempfile.NamedTemporaryFile() as cubin:
-            cubin.write(kernel.asm["cubin"])
-            cubin.flush()
-            listing = [tools / "nvdisasm", "-c", cubin.name]
-            code = subprocess.run(listing, check=True, capture_output=True, text=True).stdout
-        waits = len(re.findall(r"HGMMA[^;]*gsb0", code))  # one a group, unless each waits
-        found["serialized"] = waits > groups
+    with tempfile.NamedTemporaryFile() as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        usage = run_tool("cuobjdump", "-res-usage", cubin.name)
+        found["registers"], found["spilled"] = (
+            max(map(int, re.findall(rf"{name}:(\d+)", usage))) for name in ("REG", "STACK")
+        )
+        if groups := kernel.asm["ptx"].count("wgmma.commit_group"):
+            code = run_tool("nvdisasm", "-c", cubin.name)
+            waits = len(re.findall(r"HGMMA[^;]*gsb0", code))  # one a group, unless each waits
+            found["serialized"] = waits > groups
     return found
+
+
+def run_tool(name: str, *arguments: str) -> str:
+    """What one of the programs prints that come with Triton."""
+    program = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run(
+        [program, *arguments], check=True, capture_output=True, text=True
+    ).stdout  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -121,7 +121,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_as_on_full_logits(dtype, divergence, options, device):
     head = make_head(((3, 40), 32, 500), dtype, device=device, bias=True, ignored=0.2)
     teacher = make_teacher((3, 40), 24, 500, dtype, device)
-    judge(head, teacher, divergence=divergence, **options)
+    judge(head, teacher, divergence=divergence, backend="blocks", **options)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_which_backend(dtype, device):
+    """Kernels on a GPU, where they serve; the same bits as by name."""
+    head = make_head((40, 32, 500), dtype, device=device)
+    teacher = make_teacher((40,), 24, 500, dtype, device)
+    chosen = "triton" if device == "cuda" and dtype == torch.bfloat16 else "blocks"
+    auto, named = (
+        outcome(ours, head, teacher=teacher, backend=backend) for backend in ("auto", chosen)
+    )
+    assert torch.equal(auto.loss, named.loss)
+    assert torch.equal(auto.d_weight, named.d_weight)
+    if chosen == "triton":
+        blocks = outcome(ours, head, teacher=teacher, backend="blocks")
+        assert not torch.equal(auto.d_weight, blocks.d_weight)
 
 
 @pytest.mark.parametrize("device", DEVICES)

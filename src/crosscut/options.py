@@ -157,7 +157,9 @@ _workspace_limit = 5 * 2**25
 def workspace_limit() -> int:
     """Bytes that a backward on a GPU may use for the gradient of a chunk of logits.
 
-    And distillation, for its blocks. 160 MiB unless :func:`set_workspace_limit` was called.
+    And distillation, for its blocks. Under ``auto`` the logits that are kept may use as much, and
+    as much again as dH in float32; where they do not fit, every logit is computed. 160 MiB unless
+    :func:`set_workspace_limit` was called.
     """
     return _workspace_limit
 
@@ -165,7 +167,8 @@ def workspace_limit() -> int:
 def set_workspace_limit(num_bytes: int) -> None:
     """Set what :func:`workspace_limit` returns, for this process.
 
-    A larger workspace makes fewer and fuller launches. At least 128 classes are worked on at a
+    A larger workspace makes fewer and fuller launches, and under ``auto`` leaves parts of a flatter
+    softmax out. At least 128 classes are worked on at a
     time, in distillation 1024, whatever the limit. What else is plain PyTorch, and all that is on a
     CPU, has a fixed workspace.
 

@@ -58,10 +58,10 @@ class KeptPairs(NamedTuple):
     column_mass: Tensor  # [blocks, V], 0 in place of pairs that are kept, and of no tokens
     tail: Tensor  # [blocks] float32, sums of ``column_mass``
     threshold: Tensor  # [1] float32; 0 where the tail is too heavy at any
-    popular: Tensor  # [MOST_POPULAR] int32
+    popular: Tensor  # [at most MOST_POPULAR] int32
     popular_count: Tensor  # [1] int32
     popular_rank: Tensor  # [V] int32, -1 for others
-    popular_slot: Tensor  # [blocks, MOST_POPULAR] int32, -1 where not kept; of popular classes
+    popular_slot: Tensor  # [blocks, len(popular)] int32, -1 where not kept; of popular classes
     num_rows: Tensor  # [1] int32, the rows that take part; -1 if the pairs are of no use
     exact_rows: Tensor  # [1] int32, the same the other way round
 
@@ -128,7 +128,7 @@ def count_pairs_kernel(
         place = column_mass_ptr + block.to(tl.int64)[:, None] * num_classes + classes[None, :]
         inside = (block < blocks)[:, None] & (classes < num_classes)[None, :]
         mass = tl.load(place, mask=inside, other=0.0).to(tl.float32)  # [32, CELLS * CELL]
-        kept = (is_kept(mass, threshold) & inside).to(tl.int32)
+        kept = tl.where(threshold > 0, (is_kept(mass, threshold) & inside).to(tl.int32), 0)
         kept_by += tl.sum(kept, 0)
         place = count_ptr + block[:, None] * cells + cell[None, :]
         inside = (block < num_blocks)[:, None] & (cell < cells)[None, :]
@@ -199,8 +199,9 @@ def list_pairs_kernel(
     place = block.to(tl.int64) * num_classes + classes
     mass = tl.load(column_mass_ptr + place, mask=inside, other=0.0)  # [CELLS, CELL]
     threshold = tl.load(threshold_ptr)
-    kept = (is_kept(mass.to(tl.float32), threshold) & inside).to(tl.int32)
-    tl.store(tail_mass_ptr + place, tl.where(kept > 0, 0.0, mass), mask=classes < num_classes)
+    kept = is_kept(mass.to(tl.float32), threshold) & inside
+    tl.store(tail_mass_ptr + place, tl.where(kept, 0.0, mass), mask=classes < num_classes)
+    kept = tl.where(threshold > 0, kept.to(tl.int32), 0)
     cell_start_ptr += block * (cells + 1)
     first = tl.load(cell_start_ptr + cell, mask=cell < cells, other=0)
     slot = first[:, None] + tl.cumsum(kept, 1) - 1
@@ -248,6 +249,7 @@ def kept_pairs(
     blocks, num_classes = column_mass.shape
     cells = triton.cdiv(num_classes, CELL)
     chunks = triton.cdiv(cells, COUNT_CELLS)
+    most_popular = min(MOST_POPULAR, num_classes)
 
     def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=column_mass.device)
@@ -258,10 +260,10 @@ def kept_pairs(
         column_mass=torch.empty_like(column_mass),
         threshold=new(1, dtype=torch.float32),
         tail=new(blocks, dtype=torch.float32),
-        popular=new(MOST_POPULAR),
+        popular=new(most_popular),
         popular_count=new(1),
         popular_rank=new(num_classes),
-        popular_slot=new(blocks, MOST_POPULAR),
+        popular_slot=new(blocks, most_popular),
         num_rows=new(1),
         exact_rows=new(1),
     )
@@ -282,12 +284,12 @@ def kept_pairs(
     place_pairs_kernel[(blocks + triton.cdiv(num_classes, FLAG_CLASSES),)](
         count, block_count, chunk_tail, is_popular, pairs.cell_start, pairs.tail,
         pairs.popular, pairs.popular_count, pairs.popular_rank, blocks, num_classes, cells, chunks,
-        MOST_POPULAR, SLOTS=block_slots, BLOCK=FLAG_CLASSES, num_warps=8,
+        most_popular, SLOTS=block_slots, BLOCK=FLAG_CLASSES, num_warps=8,
     )  # fmt: skip
     list_pairs_kernel[(blocks, triton.cdiv(cells, LIST_CELLS))](
         column_mass, num_rows, pairs.threshold, block_count, pairs.cell_start, pairs.popular_rank,
         pairs.columns, pairs.popular_slot, pairs.column_mass, pairs.num_rows, pairs.exact_rows,
-        blocks, num_classes, cells, num_slots, MOST_POPULAR,
+        blocks, num_classes, cells, num_slots, most_popular,
         BLOCK_N=block_n, SLOTS=block_slots, CELL=CELL, CELLS=LIST_CELLS,
     )  # fmt: skip
     return pairs

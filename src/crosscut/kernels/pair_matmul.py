@@ -29,7 +29,7 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
-from crosscut.kernels.kept_pairs import MOST_POPULAR, KeptPairs
+from crosscut.kernels.kept_pairs import KeptPairs
 from crosscut.kernels.launch import kernel
 from crosscut.kernels.softmax_gradient import Tokens
 from crosscut.kernels.tiles import Tiles, column_part, descriptor, dot_tile, num_programs
@@ -241,7 +241,7 @@ def popular_rows(
         *tail,
         scale,
         out,
-        MOST_POPULAR,
+        len(pairs.popular),
         len(tail[0]),
         *out.shape,
         BLOCK_N=dz.shape[1],

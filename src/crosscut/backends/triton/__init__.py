@@ -1,9 +1,9 @@
 """Triton kernels for NVIDIA GPUs: forward and backward at the speed of the matmuls they hold.
 
-:mod:`.forward` is Algorithms 1 and 2 of the paper (arXiv:2411.09009), and marks the columns of the
-softmax that are worth computing again. :mod:`.filtered` computes those, the gradient under
-``"auto"``; :mod:`.sweep` computes them all, or the paper's tiles. :mod:`.distillation` is of two
-heads. See docs/gpu.md.
+:mod:`.forward` is Algorithms 1 and 2 of the paper (arXiv:2411.09009), and finds the masses of the
+softmax's columns, of which few are worth computing again. :mod:`.filtered` computes those, the
+gradient under ``"auto"``; :mod:`.sweep` computes them all, or the paper's tiles.
+:mod:`.distillation` is of two heads. See docs/gpu.md.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from crosscut.backends.triton.sweep import side_by_side, sweep
 def compute_gradients(
     problem: HeadProblem, statistics: Statistics, cotangents: Cotangents, needs: Needs
 ) -> Gradients:
-    """The filtered gradient where the forward marked columns, else that of a whole sweep.
+    """The filtered gradient where the forward left column masses, else that of a whole sweep.
 
     An entropy's is exact under every policy: ``p log p`` is large where p no longer is.
     """

@@ -33,7 +33,8 @@ def mass_unit(num_classes: int) -> float:
 
 
 def entry_above(num_tokens: int) -> float:
-    """An element of dz is an entry of dC when it is larger than this, in units of its ``d_lse``.
+    """An element of dz is an entry of dC when it is larger than this, in units of its ``d_lse`` and
+    of the threshold of the kept pairs.
 
     PyTorch's error of dC falls with the number of tokens, over which its rounding averages out
     (7.0e-3 at 8192, 4.5e-3 at 32768); the error of what is no entry does not.
@@ -50,10 +51,11 @@ def filters_columns(problem: HeadProblem) -> bool:
     """
     low_precision = problem.hidden.dtype in (torch.bfloat16, torch.float16)
     simple = problem.bias is None and problem.logit_weight is None and problem.labels.dim() == 1
-    pairs, everything = most_pairs(problem), token_blocks(problem) * len(problem.classifier)
-    lists = max(pairs * block_tokens(problem), everything)  # are of int32
     sparse = problem.options.policy in ("auto", "filtered")
-    return low_precision and simple and sparse and lists < 2**31
+    if not (low_precision and simple and sparse and len(problem.labels)):
+        return False
+    pairs, everything = most_pairs(problem), token_blocks(problem) * len(problem.classifier)
+    return max(pairs * block_tokens(problem), everything) < 2**31  # lists are of int32
 
 
 def block_tokens(problem: HeadProblem) -> int:
@@ -74,5 +76,5 @@ def most_pairs(problem: HeadProblem) -> int:
     """
     blocks, num_classes = token_blocks(problem), len(problem.classifier)
     pair_bytes = block_tokens(problem) * problem.hidden.element_size()
-    room = min(workspace_limit() + 4 * problem.hidden.numel(), 2**31) // (blocks * pair_bytes)
+    room = min(workspace_limit() + 4 * problem.hidden.numel(), 2**31) // max(1, blocks * pair_bytes)
     return blocks * min(max(MOST_KEPT, min(room, num_classes // 4)), num_classes)

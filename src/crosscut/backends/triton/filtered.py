@@ -1,17 +1,17 @@
 """The gradient that crosscut uses by default: kept pairs, and a low-rank term for the tail.
 
-The forward has marked, for each block of tokens, the classes that it keeps, and knows the mass of
-each of the others (``column_mass``). The backward computes the kept pairs alone; for what it leaves
-out of the softmax stands, block by block, the rank-one matrix with the same row sums and the same
-column sums (docs/method.md). Nothing here depends on how many pairs there are: the lists live on
-the device, and the host never waits.
+The forward has left, for each block of tokens, the mass of each class (``column_mass``). The
+backward keeps the labels and what has too much to be left out, and computes these pairs alone; for
+the rest of the softmax stands, block by block, the rank-one matrix with the same row sums and the
+same column sums (docs/method.md). Nothing here depends on how many pairs there are: the lists live
+on the device, and the host never waits.
 
 **How much.** The tail's mass bounds the error. It may have MAX_TAIL; where it has more, more pairs
 are kept, of the masses that the forward has left (:mod:`crosscut.kernels.kept_pairs`).
 
-**When not.** Where it has more even so, or the pairs do not fit, the softmax is too flat to leave
-much out, and every entry is computed: the exact sweep runs after all, decided on the device. Where
-it is not needed its kernels find nothing to do, some microseconds each.
+**When not.** Where it has more even so, or pairs or entries do not fit, the softmax is too flat to
+leave much out, and every entry is computed: the exact sweep runs after all, decided on the device.
+Where it is not needed its kernels find nothing to do, some microseconds each.
 """
 
 from __future__ import annotations

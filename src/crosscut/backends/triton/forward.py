@@ -1,4 +1,4 @@
-"""Algorithms 1 and 2 of the paper (arXiv:2411.09009), and the column filter's marks."""
+"""Algorithms 1 and 2 of the paper (arXiv:2411.09009), and what the column filter decides on."""
 
 from __future__ import annotations
 
