@@ -139,8 +139,7 @@ def table(
             if kernel == Kernel.GRADIENT:
                 return tiles(128, 256, 64, 8, 3, descriptors=True)
         block_v = 128 if kernel == Kernel.WEIGHTED_LSE else 256  # more would spill
-        deep = (Kernel.LSE, Kernel.MASS_LSE, Kernel.GRADIENT, Kernel.FILTER)
-        stages = 4 if kernel in deep else 3
+        stages = 3 if kernel in (Kernel.WEIGHTED_LSE, Kernel.MATMUL) else 4
         return tiles(128, block_v, 64, 8, stages, descriptors=True)
     return tiles(128, 128, 64, 8, 3)  # 96 KiB of shared memory: fits every GPU since Ampere
 
