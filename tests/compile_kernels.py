@@ -2,7 +2,8 @@
 
     python tests/compile_kernels.py cuda:90 bfloat16
 
-prints one JSON line a kernel: registers, bytes of stack, which it has if it spills, shared memory,
+(with a third word, "few", those with the most and with the least in them) prints one JSON line a
+kernel: registers, bytes of stack, which it has if it spills, shared memory,
 whether the assembler makes matrix products wait for each other that were to run on ahead (on
 Hopper; it does so silently where it loses track of their registers), and the seconds that each part
 of the compiler took (with TRITON_ALWAYS_COMPILE=1, else nothing of what is in its cache). What is
@@ -47,7 +48,7 @@ class NoDriver:
         return 0
 
 
-def main(target: str, dtype_name: str) -> None:
+def main(target: str, dtype_name: str, few: str = "") -> None:
     kind, arch = target.split(":")
     gpu = GPUTarget(kind, int(arch) if arch.isdigit() else arch, 64 if kind == "hip" else 32)
     capability = divmod(int(arch), 10) if kind == "cuda" else (8, 0)
@@ -71,13 +72,13 @@ def main(target: str, dtype_name: str) -> None:
     driver.set_active(NoDriver(gpu))
     triton.knobs.compilation.listener = listen
     with mock.patch.object(triton.JITFunction, "run", compile_only):
-        launch_everything(dtype, choose)
+        launch_everything(dtype, choose, step=2 if few else 1)
     for index, (name, kernel) in enumerate(compiled):
         found = {"kernel": name, **resources(kernel, gpu), "seconds": seconds.get(index, {})}
         print(json.dumps(found), flush=True)
 
 
-def launch_everything(dtype: torch.dtype, choose: Any) -> None:
+def launch_everything(dtype: torch.dtype, choose: Any, step: int) -> None:
     from crosscut.kernels.exact_sweep import SweepOutputs, exact_sweep
     from crosscut.kernels.flags import flagged_first
     from crosscut.kernels.gather_tokens import PerToken, gather_tokens
@@ -111,7 +112,8 @@ def launch_everything(dtype: torch.dtype, choose: Any) -> None:
     tokens = Tokens(index[:1], hidden, labels, torch.zeros(n, 4))
     dz, alive = torch.zeros(n, v, dtype=dtype), torch.zeros(2, 4, dtype=torch.int8)
     live = live_tiles(alive)
-    for b, w, softcap in ((None, None, None), (bias, None, 30.0), (bias, weight, 30.0)):
+    heads = (None, None, None), (bias, None, 30.0), (bias, weight, 30.0)
+    for b, w, softcap in heads[::step]:
         head = Head(hidden, classifier, b, 1.0, softcap)
         indexed_matmul(head, labels)
         tiles = choose(Kernel.LSE if w is None else Kernel.WEIGHTED_LSE, hidden)
@@ -132,9 +134,9 @@ def launch_everything(dtype: torch.dtype, choose: Any) -> None:
             scale=torch.ones(1), out_rows=None if some is None else labels,
         )  # fmt: skip
         add_hidden_gradient(torch.zeros(n, d), dz, classifier, index[:1], some, tiles)
-    for b, softcap in ((None, None), (None, 30.0), (bias, 30.0)):
+    for b, softcap in ((None, None), (None, 30.0), (bias, 30.0))[::step]:
         launch_others(Head(hidden, classifier, b, 1.0, softcap), tokens, kept, dz, choose)
-    launch_divergence(dtype, choose)
+    launch_divergence(dtype, choose, ("js", "forward", "reverse")[: 3 // step])
     if dtype != torch.float32:
         flags = torch.zeros(v, dtype=torch.int8)
         flagged_first(flags, 32)
@@ -142,8 +144,8 @@ def launch_everything(dtype: torch.dtype, choose: Any) -> None:
             launch_filtered(Head(hidden, classifier, None, 1.0, softcap), tokens, kept, choose)
 
 
-def launch_divergence(dtype: torch.dtype, choose: Any) -> None:
-    """With everything and with nothing else, of three divergences."""
+def launch_divergence(dtype: torch.dtype, choose: Any, kinds: tuple[str, ...]) -> None:
+    """With everything and with nothing else."""
     from crosscut.kernels.divergence import Pair, divergence, divergence_gradient
     from crosscut.kernels.kept_rows import KeptRows
     from crosscut.kernels.tiles import Head
@@ -151,7 +153,7 @@ def launch_divergence(dtype: torch.dtype, choose: Any) -> None:
     n, v = 256, 512
     labels, index = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int32)
     dz, bias = torch.zeros(n, v, dtype=dtype), torch.zeros(v, dtype=dtype)
-    for kind in ("forward", "reverse", "js"):
+    for kind in kinds:
         for b, softcap, temperature in ((None, None, None), (bias, 30.0, 2.0)):
             student, teacher = (
                 Head(
