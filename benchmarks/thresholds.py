@@ -3,9 +3,9 @@
     python benchmarks/thresholds.py gemma2-2b:8192:0.9 > benchmarks/results/threshold-h100.txt
 
 A head is MODEL:TOKENS:LOGITS_TIMES. ``auto`` takes the highest threshold that leaves at most
-MAX_TAIL; here each is forced in turn, whatever its tail, with room for a quarter of all pairs. What
-keeps more is the exact gradient. Errors of dH and dC against float32, times over the bare logits
-matmul, run in between.
+MAX_TAIL; here each is forced in turn, whatever its tail, with room for a quarter of all pairs, or
+2 GiB of them. What keeps more is the exact gradient, and has its errors. Errors of dH and dC
+against float32, times over the bare logits matmul, run in between.
 """
 
 from __future__ import annotations

@@ -2,13 +2,12 @@
 
     python tests/compile_kernels.py cuda:90 bfloat16
 
-(with a third word, "few", those with the most and with the least in them) prints one JSON line a
-kernel: registers, bytes of stack, which it has if it spills, shared memory,
+prints one JSON line a kernel: registers, bytes of stack, which it has if it spills, shared memory,
 whether the assembler makes matrix products wait for each other that were to run on ahead (on
 Hopper; it does so silently where it loses track of their registers), and the seconds that each part
 of the compiler took (with TRITON_ALWAYS_COMPILE=1, else nothing of what is in its cache). What is
 compiled is what a launch would be: its options, its specialisation on alignment, the tiles of the
-table.
+table. With a third word, "few", only variants with the most and with the least in them.
 """
 
 from __future__ import annotations

@@ -168,9 +168,8 @@ def set_workspace_limit(num_bytes: int) -> None:
     """Set what :func:`workspace_limit` returns, for this process.
 
     A larger workspace makes fewer and fuller launches, and under ``auto`` leaves parts of a flatter
-    softmax out. At least 128 classes are worked on at a
-    time, in distillation 1024, whatever the limit. What else is plain PyTorch, and all that is on a
-    CPU, has a fixed workspace.
+    softmax out. At least 128 classes are worked on at a time, in distillation 1024, whatever the
+    limit. What else is plain PyTorch, and all that is on a CPU, has a fixed workspace.
 
     Args:
         num_bytes: at least 1.

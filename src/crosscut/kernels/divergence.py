@@ -319,10 +319,8 @@ def combine_divergence_kernel(
     else:
         total = tl.where(valid, total, 1.0)
         teacher_total = tl.where(valid, teacher_total, 1.0)
-        log_total, teacher_log_total = (
-            tl.log(total.to(tl.float64)),
-            tl.log(teacher_total.to(tl.float64)),
-        )
+        log_total = tl.log(total.to(tl.float64))
+        teacher_log_total = tl.log(teacher_total.to(tl.float64))
         lse = tl.where(valid, highest.to(tl.float64) + log_total, 0.0)
         teacher_lse = tl.where(valid, teacher_highest.to(tl.float64) + teacher_log_total, 0.0)
         tl.store(lse_ptr + tokens, lse.to(tl.float32), mask=inside)

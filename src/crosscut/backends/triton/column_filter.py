@@ -72,7 +72,7 @@ def most_pairs(problem: HeadProblem) -> int:
     """How many kept pairs there is room for.
 
     MOST_KEPT a block, or as many as fit where the exact gradient would have ``workspace_limit()``
-    and dH in float32; at most a quarter of all, with which the exact one is as fast.
+    and dH in float32; at most a quarter of all, from where on little time would be saved.
     """
     blocks, num_classes = token_blocks(problem), len(problem.classifier)
     pair_bytes = block_tokens(problem) * problem.hidden.element_size()
