@@ -107,7 +107,7 @@ def launch_everything(dtype: torch.dtype, choose: Any, step: int) -> None:
     of_tokens = PerToken(None, vector, None, vector, None, None, None)
     gather_tokens(hidden, of_tokens, kept, None, multiple=128)
     move_rows(torch.empty_like(hidden), hidden, index, torch.ones(1))
-    move_rows(torch.empty_like(hidden), torch.zeros(n, d), index, torch.ones(1), index[:1])
+    move_rows(torch.empty_like(hidden), torch.zeros(n, d), index, torch.ones(1))
     tokens = Tokens(index[:1], hidden, labels, torch.zeros(n, 4))
     dz, alive = torch.zeros(n, v, dtype=dtype), torch.zeros(2, 4, dtype=torch.int8)
     live = live_tiles(alive)
@@ -118,10 +118,11 @@ def launch_everything(dtype: torch.dtype, choose: Any, step: int) -> None:
         tiles = choose(Kernel.LSE if w is None else Kernel.WEIGHTED_LSE, hidden)
         linear_lse(head, kept, tiles, Wanted(logit_weight=w))
         sums = None if b is None else torch.zeros(v)
-        out = SweepOutputs(torch.zeros(n, d), torch.empty_like(classifier), sums)
+        low = None if dtype == torch.float32 else hidden
+        out = SweepOutputs(index, torch.empty_like(hidden), low, torch.empty_like(classifier), sums)
         for like in (hidden, hidden[:, :640]):  # whose tiles are others
             tiles = choose(Kernel.GRADIENT, like), choose(Kernel.MATMUL, like)
-            exact_sweep(head, w, tokens, out, dz, torch.ones(1), *tiles)
+            exact_sweep(head, w, tokens, out, dz, range(v), torch.ones(1), *tiles)
         chunk, options = HeadChunk(0, classifier, b, w), {"logit_scale": 1.0, "softcap": softcap}
         softmax_gradient(dz, tokens, chunk, choose(Kernel.GRADIENT, hidden), **options)
         tiles = choose(Kernel.FILTER, hidden)
@@ -185,14 +186,18 @@ def launch_others(head: Any, tokens: Any, kept: Any, dz: torch.Tensor, choose: A
     several = torch.zeros(n, 4, dtype=torch.int64)
     indexed_matmul(head, several)
     sums = None if head.bias is None else torch.zeros(len(head.bias))
-    out = SweepOutputs(torch.zeros(n, hidden.shape[1]), torch.empty_like(head.classifier), sums)
+    low = None if hidden.dtype == torch.float32 else hidden
+    out = SweepOutputs(
+        kept.rows, torch.empty_like(hidden), low, torch.empty_like(head.classifier), sums
+    )
     for some in (
         tokens._replace(vectors=torch.zeros(n, 5)),
         tokens._replace(labels=several, d_targets=torch.zeros(n, 4)),
     ):
         for like in (hidden[:, :640], hidden):
             tiles = choose(Kernel.GRADIENT, like), choose(Kernel.MATMUL, like)
-            exact_sweep(head, None, some, out, dz, torch.ones(1), *tiles)
+            classes = range(len(head.classifier))
+            exact_sweep(head, None, some, out, dz, classes, torch.ones(1), *tiles)
         softmax_gradient(
             dz, some, HeadChunk(0, head.classifier, head.bias, None), tiles[0],
             logit_scale=1.0, softcap=head.softcap,
@@ -205,7 +210,8 @@ def launch_filtered(head: Any, tokens: Any, kept: Any, choose: Any) -> None:
     from crosscut.kernels.kept_pairs import kept_pairs
     from crosscut.kernels.linear_lse import Columns, Wanted, linear_lse
     from crosscut.kernels.pair_gradient import pair_gradient, tail_of_tokens
-    from crosscut.kernels.pair_matmul import hidden_rows, popular_rows
+    from crosscut.kernels.pair_matmul import hidden_rows, late_rows, popular_rows
+    from crosscut.kernels.scratch import Scratch
 
     hidden, classifier = head.hidden, head.classifier
     tiles = choose(Kernel.PAIRS, hidden)
@@ -224,11 +230,15 @@ def launch_filtered(head: Any, tokens: Any, kept: Any, choose: Any) -> None:
         columns = Columns(mass, tokens.labels, torch.zeros(len(hidden)), 2.0**-12)
         linear_lse(head, kept, choose(kernel, like), wanted, columns)
     indexed_matmul(head, tokens.labels, torch.zeros(len(classifier), dtype=torch.int8))
+    scratch, v = Scratch(hidden.device), len(classifier)
     pairs = kept_pairs(
-        mass, kept.count, block_n=tiles.block_n,
+        mass, kept.count, torch.empty_like(mass), scratch, block_n=tiles.block_n,
         num_slots=4 * tiles.block_v, block_slots=tiles.block_v, most_tail=1.0,
+        most_popular=v, late_from=v, most_late=0,
     )  # fmt: skip
-    gradient = pair_gradient(head, tokens, pairs, tiles, mass_unit=2.0**-12, entry=2.0**-13)
+    gradient = pair_gradient(
+        head, tokens, pairs, scratch, tiles, mass_unit=2.0**-12, entry=2.0**-13
+    )
     slopes = None if head.softcap is None else (torch.zeros(len(hidden)), kept.rows)
     by_token, by_block = tail_of_tokens(tokens, slopes, pairs, gradient, tiles)
     rows = torch.zeros(blocks, hidden.shape[1])
@@ -237,11 +247,13 @@ def launch_filtered(head: Any, tokens: Any, kept: Any, choose: Any) -> None:
         (by_token, rows), scale, choose(Kernel.PAIR_MATMUL, hidden),
     )  # fmt: skip
     tail, out = (mass, by_block), torch.empty_like(classifier)
-    entries = list_entries(kept.count, tokens, pairs, gradient, most=1024, entry=2.0**-13)
+    entries = list_entries(kept.count, tokens, pairs, gradient, scratch, most=1024, entry=2.0**-13)
     tiles = choose(Kernel.ENTRY_MATMUL, hidden)
-    classifier_rows(out, tokens, entries, pairs, tail, scale, tiles)
+    classifier_rows(out, range(v), tokens, entries, pairs, tail, scale, tiles)
     tiles = choose(Kernel.POPULAR_MATMUL, hidden)
-    popular_rows(out, tokens, gradient.dz, pairs, tail, scale, tiles)
+    for late in (None, out):
+        popular_rows(out, late, tokens, gradient.dz, pairs, tail, scale, tiles)
+    late_rows(out, out, tokens, pairs)
 
 
 def resources(kernel: Any, gpu: GPUTarget) -> dict[str, int]:

@@ -35,6 +35,9 @@ def drop_below(monkeypatch) -> Callable[[float], None]:
     return drop_below
 
 
+CPU = torch.device("cpu")
+
+
 def peaked(
     shape: tuple[int, int, int], dtype: torch.dtype = torch.bfloat16, ignored: float = 0.0
 ) -> Head:
@@ -121,8 +124,8 @@ def test_a_heavier_tail_keeps_more(monkeypatch, drop_below, level):
     true = outcome(reference.linear_cross_entropy, head.double())
     calls = []
 
-    def spy(column_mass, num_rows, **options):
-        calls.append((column_mass, kept_pairs(column_mass, num_rows, **options)))
+    def spy(column_mass, *others, **options):
+        calls.append((column_mass, kept_pairs(column_mass, *others, **options)))
         return calls[-1][1]
 
     monkeypatch.setattr(filtered, "kept_pairs", spy)
@@ -162,10 +165,86 @@ def test_pairs_that_do_not_fit_get_the_exact_gradient(monkeypatch):
     assert not torch.equal(filtered.d_weight, ours(head).d_weight)
 
 
+def test_lists_in_rows_of_the_gradient(monkeypatch, drop_below):
+    """The same bits as with memory of their own; and every row is written in the end."""
+    from crosscut.backends.triton import filtered
+    from crosscut.backends.triton.column_filter import Room
+    from crosscut.kernels.scratch import Scratch
+
+    drop_below(2.0**-9)
+    head = peaked((64, 256, 700))
+    monkeypatch.setattr(filtered, "room_for_pairs", lambda problem, lends: Room(2800, 150))
+    monkeypatch.setattr(filtered, "_LITTLE", 0)
+    made = []
+
+    class Spy(Scratch):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(filtered, "Scratch", Spy)
+    lent = ours(head, policy="filtered")
+    assert 150 <= made[-1].taken_from < 600
+    monkeypatch.setattr(filtered, "Scratch", lambda device, *lender: Scratch(device))
+    own = ours(head, policy="filtered")
+    assert torch.equal(lent.d_weight, own.d_weight)
+    assert lent.d_input is not None
+    assert torch.equal(lent.d_input, own.d_input)
+    monkeypatch.undo()
+    assert not torch.equal(lent.d_weight, ours(head, policy="exact").d_weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_exact_gradient_in_rows_of_its_own(monkeypatch, dtype):
+    """Chunks in dC, in less of it, and in memory of their own: each class is in one of them."""
+    from crosscut.backends.triton import sweep
+
+    head = make_head((150, 128, 3000), dtype, ignored=0.3)
+    whole = ours(head, policy="exact")
+    parts = []
+
+    def spy(*arguments):
+        parts.extend(workspaces(*arguments))
+        return parts
+
+    workspaces = sweep._workspaces
+    monkeypatch.setattr(sweep, "_workspaces", spy)
+    monkeypatch.setattr(sweep, "workspace_limit", lambda: 256 * 256 * dtype.itemsize)
+    found = ours(head, policy="exact")
+    assert [classes.stop - classes.start > 0 for classes, _ in parts] == 3 * [True]
+    assert [number for classes, _ in parts for number in classes] == [*range(3000)]
+    assert len({dz.untyped_storage().data_ptr() for _, dz in parts}) == 2
+    assert torch.equal(found.d_weight, whole.d_weight)
+    true = outcome(reference.linear_cross_entropy, head.double())
+    theirs = outcome(reference.linear_cross_entropy, head)
+    assert error(found.d_input, true.d_input) <= error(theirs.d_input, true.d_input)
+
+
+def test_scratch():
+    from crosscut.kernels.scratch import Scratch
+
+    lender = torch.zeros(100, 64, dtype=torch.bfloat16)
+    scratch = Scratch(CPU, lender, 40)
+    assert scratch.taken_from == 100
+    first = scratch.new(3, 100, dtype=torch.float32).fill_(1)
+    second = scratch.new(10, dtype=torch.bfloat16).fill_(2)
+    assert scratch.taken_from == 100 - 10 - 2
+    assert (first.shape, second.shape) == ((3, 100), (10,))
+    assert (first == 1).all()
+    assert {piece.data_ptr() % 64 for piece in (first, second)} == {lender.data_ptr() % 64}
+    assert not lender[:88].any()
+    too_large = scratch.new(10_000, dtype=torch.int32)
+    assert too_large.untyped_storage().data_ptr() != lender.data_ptr()
+    assert scratch.taken_from == 88
+    alone = Scratch(CPU)
+    assert alone.new(2, 3, dtype=torch.int8).shape == (2, 3)
+    assert alone.taken_from is None
+
+
 def test_room_for_pairs(monkeypatch):
     """Within what the exact gradient would have, a fixed number at least, a quarter at most."""
     from crosscut.backends.protocol import HeadProblem
-    from crosscut.backends.triton.column_filter import MOST_KEPT, most_pairs
+    from crosscut.backends.triton.column_filter import MOST_KEPT, room_for_pairs
     from crosscut.options import LossOptions
 
     def room(tokens: int, classes: int) -> int:
@@ -176,7 +255,7 @@ def test_room_for_pairs(monkeypatch):
             labels=torch.empty(tokens, dtype=torch.int64), logit_weight=None,
             options=LossOptions(),
         )  # fmt: skip
-        return most_pairs(problem) // max(1, -(-tokens // 16))
+        return room_for_pairs(problem, lends=False).pairs // max(1, -(-tokens // 16))
 
     monkeypatch.setattr("crosscut.options._workspace_limit", 2**20)
     assert room(16, 30) == 30
@@ -254,40 +333,49 @@ def test_labels_come_first(num_classes):
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "threshold", "blocks", "num_classes", "most_popular"),
+    ("num_rows", "threshold", "blocks", "num_classes", "most_popular", "late_from", "most_late"),
     [
-        (75, 1.0, 5, 700, 2**14),
-        (75, 0.5, 5, 700, 2**14),
-        (75, 0.125, 5, 700, 2**14),
-        (75, 0.0, 5, 700, 2**14),
-        (20, 1.0, 5, 700, 2**14),
-        (0, 1.0, 5, 700, 2**14),
-        (4800, 0.25, 300, 200, 2**14),
-        (60, 1.0, 4, 9000, 2**14),
-        (60, 1.0, 4, 9000, 128),
-        (60, 0.5, 4, 40000, 128),
+        (75, 1.0, 5, 700, 700, 700, 0),
+        (75, 0.5, 5, 700, 700, 700, 0),
+        (75, 0.125, 5, 700, 700, 700, 0),
+        (75, 0.0, 5, 700, 700, 700, 0),
+        (20, 1.0, 5, 700, 700, 333, 40),
+        (0, 1.0, 5, 700, 700, 700, 0),
+        (4800, 0.25, 300, 200, 200, 200, 0),
+        (60, 1.0, 4, 9000, 9000, 9000, 0),
+        (60, 1.0, 4, 9000, 128, 9000, 40),
+        (60, 1.0, 4, 9000, 9000, 8192, 40),
+        (60, 1.0, 4, 9000, 9000, 5001, 40),
+        (60, 1.0, 4, 9000, 9000, 5001, 3999),
+        (60, 0.5, 4, 40000, 128, 30000, 40),
     ],
 )
-def test_lists_of_kept_pairs(monkeypatch, num_rows, threshold, blocks, num_classes, most_popular):
-    from crosscut.kernels import kept_pairs as module
+def test_lists_of_kept_pairs(
+    num_rows, threshold, blocks, num_classes, most_popular, late_from, most_late
+):
     from crosscut.kernels.kept_pairs import kept_pairs
+    from crosscut.kernels.scratch import Scratch
 
-    monkeypatch.setattr(module, "MOST_POPULAR", most_popular)
     block_n, block_slots = 16, 32
     used = -(-num_rows // block_n)
     mass = 1.5 * torch.rand(blocks, num_classes)
     mass[torch.rand(blocks, num_classes) < torch.linspace(0, 0.9, num_classes)] = torch.inf
     most_tail = mass[:used][mass[:used] < threshold].sum() / max(num_rows, 1)
     found = kept_pairs(
-        mass, torch.tensor([num_rows], dtype=torch.int32), block_n=block_n, num_slots=2**18,
-        block_slots=block_slots, most_tail=1.001 * float(most_tail),
+        mass, torch.tensor([num_rows], dtype=torch.int32), torch.empty_like(mass), Scratch(CPU),
+        block_n=block_n, num_slots=2**18, block_slots=block_slots,
+        most_tail=1.001 * float(most_tail), most_popular=most_popular, late_from=late_from,
+        most_late=most_late,
     )  # fmt: skip
 
     assert found.threshold.item() == threshold
     kept = (mass >= threshold) & (threshold > 0)  # if the tail is too heavy, none is listed
     kept[used:] = False
-    popular = ((2 * kept.sum(0) >= used) & kept.any(0)).nonzero().flatten()[:most_popular]
-    count = int(found.popular_count)
+    popular = ((2 * kept.sum(0) >= used) & kept.any(0)).nonzero().flatten()
+    early, late = popular[popular < late_from], popular[popular >= late_from]
+    popular = torch.cat([early, late[:most_late]])[:most_popular]
+    count, num_early = found.popular_count.tolist()
+    assert num_early == min(len(early), most_popular)
     assert torch.equal(found.popular[:count].long(), popular)
     assert torch.equal((found.popular_rank >= 0).nonzero().flatten(), popular)
     first = 0
@@ -315,10 +403,11 @@ def test_lists_of_kept_pairs(monkeypatch, num_rows, threshold, blocks, num_class
 
 def test_too_many_pairs_are_not_listed():
     from crosscut.kernels.kept_pairs import kept_pairs
+    from crosscut.kernels.scratch import Scratch
 
-    num_rows = torch.tensor([32], dtype=torch.int32)
+    num_rows, mass = torch.tensor([32], dtype=torch.int32), torch.full((2, 300), torch.inf)
     found = kept_pairs(
-        torch.full((2, 300), torch.inf), num_rows, block_n=16, num_slots=512, block_slots=32,
-        most_tail=1e9,
+        mass, num_rows, torch.empty_like(mass), Scratch(CPU), block_n=16, num_slots=512,
+        block_slots=32, most_tail=1e9, most_popular=300, late_from=300, most_late=0,
     )  # fmt: skip
     assert (int(found.num_rows), int(found.exact_rows)) == (-1, 32)

@@ -39,6 +39,7 @@ from torch import Tensor
 from crosscut.kernels.kept_pairs import CELL, KeptPairs
 from crosscut.kernels.launch import kernel, like_or
 from crosscut.kernels.pair_gradient import PairGradient, is_entry_of
+from crosscut.kernels.scratch import Scratch
 from crosscut.kernels.softmax_gradient import Tokens
 from crosscut.kernels.tiles import Tiles, dot_tile
 
@@ -139,6 +140,7 @@ def list_entries(
     tokens: Tokens,
     pairs: KeptPairs,
     gradient: PairGradient,
+    scratch: Scratch,
     *,
     most: int,
     entry: float,
@@ -150,6 +152,7 @@ def list_entries(
         tokens: those that take part.
         pairs: the lists of pairs.
         gradient: of the pairs.
+        scratch: for what is not returned.
         most: room for entries.
         entry: as in ``gradient``.
     """
@@ -158,7 +161,8 @@ def list_entries(
     def new(size: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=pairs.columns.device)
 
-    before, count = new(len(pairs.columns)), new(cells * blocks)
+    before = scratch.new(len(pairs.columns), dtype=torch.int32)
+    count = scratch.new(cells * blocks, dtype=torch.int32)
     count_entries_kernel[(blocks, triton.cdiv(cells, COUNT_CELLS))](
         tokens.num_rows, gradient.num_entries, pairs.cell_start, before, count, blocks, cells,
         CELL=CELL, CELLS=COUNT_CELLS,
@@ -187,12 +191,15 @@ def classifier_rows_kernel(
     place_ptr,
     value_ptr,
     popular_rank_ptr,
-    column_mass_ptr,
+    column_mass_ptr,  # [blocks, columns], of the last classes
     tail_row_ptr,  # [blocks, D]
     scale_ptr,
     out_ptr,
     num_blocks,
+    first_class,
+    last_class,
     num_classes,
+    mass_columns,
     hidden_size,
     TILE: tl.constexpr,
 ):
@@ -204,16 +211,17 @@ def classifier_rows_kernel(
     if num_rows >= 0:
         d_tiles = tl.cdiv(hidden_size, BLOCK_D)
         index = tl.program_id(0)
-        cell = index // d_tiles
+        cell = first_class // CELL + index // d_tiles
         in_cell = tl.arange(0, CELL)
         classes = cell * CELL + in_cell
         d = index % d_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
         d_inside = (d < hidden_size)[None, :]
         total = tl.zeros((CELL, BLOCK_D), tl.float32)
+        column = classes - (num_classes - mass_columns)
         for first in range(0, num_blocks, STEP):
             block = first + tl.arange(0, STEP)
-            place = column_mass_ptr + block.to(tl.int64)[:, None] * num_classes + classes[None, :]
-            inside = (block < num_blocks)[:, None] & (classes < num_classes)[None, :]
+            place = column_mass_ptr + block.to(tl.int64)[:, None] * mass_columns + column[None, :]
+            inside = (block < num_blocks)[:, None] & (classes < last_class)[None, :]
             mass = tl.load(place, mask=inside, other=0.0)  # [STEP, CELL]
             place = tail_row_ptr + block[:, None] * hidden_size + d[None, :]
             inside = (block < num_blocks)[:, None] & d_inside
@@ -232,7 +240,7 @@ def classifier_rows_kernel(
             h = tl.load(row, mask=d_inside, other=0.0)  # [STEP, BLOCK_D]
             total = dot_tile(dz, h, total, PRECISION)
 
-        inside = classes < num_classes
+        inside = classes < last_class
         popular = tl.load(popular_rank_ptr + classes, mask=inside, other=0) >= 0
         mask = (inside & (popular == 0))[:, None] & d_inside
         out = out_ptr + classes.to(tl.int64)[:, None] * hidden_size + d[None, :]
@@ -242,6 +250,7 @@ def classifier_rows_kernel(
 
 def classifier_rows(
     out: Tensor,
+    classes: range,
     tokens: Tokens,
     entries: Entries,
     pairs: KeptPairs,
@@ -253,14 +262,16 @@ def classifier_rows(
 
     Args:
         out: [V, D], contiguous.
+        classes: whose rows; they begin at a multiple of CELL.
         tokens: those that take part.
         entries: the lists.
         pairs: which classes are popular.
-        tail: column masses [blocks, V] and rows ``w`` [blocks, D], both bfloat16.
+        tail: column masses of these classes and all that follow, [blocks, their number], and rows
+            ``w`` [blocks, D], both bfloat16.
         scale: [1] float32.
         tiles: BLOCK_N = CELL classes x BLOCK_V dimensions, in steps of BLOCK_D entries.
     """
-    cells, d_tiles = triton.cdiv(len(out), CELL), triton.cdiv(out.shape[1], tiles.block_v)
+    cells, d_tiles = triton.cdiv(len(classes), CELL), triton.cdiv(out.shape[1], tiles.block_v)
     classifier_rows_kernel[(cells * d_tiles,)](
         tokens.num_rows,
         tokens.hidden,
@@ -272,7 +283,11 @@ def classifier_rows(
         scale,
         out,
         len(tail[0]),
-        *out.shape,
+        classes.start,
+        classes.stop,
+        len(out),
+        tail[0].shape[1],
+        out.shape[1],
         TILE=tiles.constants,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

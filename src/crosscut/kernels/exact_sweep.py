@@ -3,7 +3,7 @@
 The vocabulary is taken in chunks. For each, as in :mod:`.softmax_gradient` and :mod:`.tile_matmul`,
 
     dz        = gradient of the chunk's logits [R, chunk]     phase 2 i
-    dH       += dz C[chunk]                                   phase 2 i + 1
+    dH       += scale * dz C[chunk]                           phase 2 i + 1
     dC[chunk] = scale * dz^T H                                phase 2 i + 1
 
 **Who owns what.** What those kernels own, which do the work. One program a multiprocessor, launched
@@ -14,7 +14,7 @@ three, because the host's time for a launch is more than a small chunk takes, an
 where the device finds that there is nothing to do.
 
 **Cost.** 6NVD flop, 2 bytes written and 4 read a (token, class). Workspace: ``dz`` of a chunk, and
-dH in float32.
+what rounding leaves of dH.
 """
 
 from __future__ import annotations
@@ -67,16 +67,18 @@ def exact_sweep_kernel(
     dz_ptr,
     dz_left_desc,
     dz_right_desc,
+    rows_ptr,
     d_hidden_ptr,
+    low_ptr,
     d_classifier_ptr,
     class_sum_ptr,
     scale_ptr,
     arrived_ptr,
-    first_phase,
     last_phase,
-    num_tokens,
+    first_class,
+    last_class,
+    dz_rows,
     num_targets,
-    num_classes,
     width,
     hidden_size,
     stride_v,
@@ -89,24 +91,26 @@ def exact_sweep_kernel(
     MATMUL: tl.constexpr,
     LIVE_TILE: tl.constexpr,
     FENCE: tl.constexpr,
+    FIRST_PHASE: tl.constexpr,
 ):
-    stop = tl.where(tl.load(num_rows_ptr) < 0, first_phase, last_phase)
-    for phase in range(first_phase, stop):
-        begin = phase // 2 * width
-        end = tl.minimum(begin + width, num_classes)
+    stop = tl.where(tl.load(num_rows_ptr) < 0, FIRST_PHASE, last_phase)
+    for phase in range(FIRST_PHASE, stop):
+        begin = first_class + phase // 2 * width
+        end = tl.minimum(begin + width, last_class)
         if phase % 2 == 0:
             softmax_gradient_kernel(
                 num_rows_ptr, hidden_ptr, hidden_desc, labels_ptr, vectors_ptr, d_targets_ptr,
                 classifier_ptr, classifier_desc, bias_ptr, logit_weight_ptr, dz_ptr, None,
-                num_tokens, num_targets, 0, begin, end, hidden_size, stride_v, stride_d, width,
+                dz_rows, num_targets, 0, begin, end, hidden_size, stride_v, stride_d, width,
                 logit_scale, softcap, most_tiles, VECTORS, GRADIENT,
             )  # fmt: skip
         else:
             if d_hidden_ptr is not None:
                 tile_matmul_kernel(
                     dz_ptr, dz_left_desc, classifier_ptr, classifier_right_desc, None, None,
-                    num_rows_ptr, None, None, None, d_hidden_ptr, begin, end - begin, hidden_size,
-                    0, width, stride_v, stride_d, False, True, LIVE_TILE, MATMUL,
+                    num_rows_ptr, scale_ptr, rows_ptr, None, d_hidden_ptr, low_ptr, begin,
+                    end - begin, hidden_size, 0, width, stride_v, stride_d, False, True, True,
+                    LIVE_TILE, MATMUL,
                 )  # fmt: skip
             if d_classifier_ptr is not None:
                 sums = None
@@ -115,17 +119,19 @@ def exact_sweep_kernel(
                 out = d_classifier_ptr + tl.cast(begin, tl.int64) * hidden_size
                 tile_matmul_kernel(
                     dz_ptr, dz_right_desc, hidden_ptr, hidden_right_desc, None, None,
-                    num_rows_ptr, scale_ptr, None, sums, out, 0, end - begin, hidden_size,
-                    0, width, hidden_size, 1, True, False, LIVE_TILE, MATMUL,
+                    num_rows_ptr, scale_ptr, None, sums, out, None, 0, end - begin, hidden_size,
+                    0, width, hidden_size, 1, True, False, False, LIVE_TILE, MATMUL,
                 )  # fmt: skip
         if phase + 1 < stop:
-            wait_for_all(arrived_ptr, (phase + 1 - first_phase) * tl.num_programs(0), FENCE)
+            wait_for_all(arrived_ptr, (phase + 1 - FIRST_PHASE) * tl.num_programs(0), FENCE)
 
 
 class SweepOutputs(NamedTuple):
     """What a sweep fills; None for what is not wanted."""
 
-    d_hidden: Tensor | None  # [N, D] float32, side by side; is added to
+    rows: Tensor  # [N] int32, of dH: where the tokens that take part have theirs
+    d_hidden: Tensor | None  # [N, D], contiguous
+    low: Tensor | None  # [N, D], what d_hidden lacks, if that is not float32
     d_classifier: Tensor | None  # [V, D], contiguous
     class_sum: Tensor | None  # [V] float32, ``sum_n dz``, with d_classifier
 
@@ -136,25 +142,28 @@ def exact_sweep(
     tokens: Tokens,
     out: SweepOutputs,
     dz: Tensor,
+    classes: range,
     scale: Tensor,
     gradient: Tiles,
     matmul: Tiles,
 ) -> None:
-    """The exact gradient of every class. Nothing if ``tokens.num_rows < 0``.
+    """The exact gradient of some classes. Nothing if ``tokens.num_rows < 0``.
 
     Args:
         head: the head; of its hidden states those in ``tokens`` are used.
         logit_weight: [V] float32, contiguous, or None.
         tokens: those that take part; finite up to the next multiple of TILE rows of ``dz``.
-        out: what to fill.
-        dz: workspace [multiple of TILE >= N, chunk], chunk a multiple of TILE; zeros past N.
-        scale: [1] float32, for dC.
+        out: what to fill. dH is added to, but for the first classes, 0 and on: they begin anew.
+        dz: workspace [multiple of TILE >= N, chunk], chunk a multiple of TILE, of anything.
+        classes: whose gradient; not all of them if ``dz`` lies in rows of dC: then others than
+            those.
+        scale: [1] float32.
         gradient: BLOCK_N tokens x BLOCK_V classes, in steps of BLOCK_D dimensions.
         matmul: BLOCK_N rows x BLOCK_V dimensions, in steps of BLOCK_D; as many warps.
     """
     hidden, classifier, bias, logit_scale, softcap = head
     programs, width = num_programs(dz.device), dz.shape[1]
-    phases = 2 * triton.cdiv(len(classifier), width)
+    phases = 2 * triton.cdiv(len(classes), width)
     # The interpreter runs program after program, and so has to phase after phase.
     together = gradient.precision != "upcast"
     right = (matmul.block_d, matmul.block_v)
@@ -179,11 +188,11 @@ def exact_sweep(
             *out,
             scale,
             torch.zeros(1, dtype=torch.int32, device=dz.device),
-            first,
             phases if together else first + 1,
-            len(hidden),
+            classes.start,
+            classes.stop,
+            len(dz),
             tokens.labels.shape[1:].numel(),
-            len(classifier),
             width,
             hidden.shape[1],
             *classifier.stride(),
@@ -195,6 +204,7 @@ def exact_sweep(
             MATMUL=matmul.constants,
             LIVE_TILE=TILE,
             FENCE=matmul.descriptors and together,
+            FIRST_PHASE=first,
             num_warps=gradient.num_warps,
             num_stages=gradient.num_stages,
             launch_cooperative_grid=together,

@@ -14,7 +14,7 @@ allowed. Here the kept pairs become, without the host knowing how many there are
 
 Classes kept by at least half of the blocks are *popular*: they are few and have most of the pairs.
 They are listed too, with their slot in every block. What is not kept is the tail, whose masses are
-left side by side.
+left side by side. Popular classes from ``late_from`` on are *late*: there is less room for them.
 
 **When not.** Where the tail is too heavy at any threshold, or the pairs are more than there is room
 for, nothing is to be made of them, and ``num_rows`` says so to whoever comes next.
@@ -37,6 +37,7 @@ from torch import Tensor
 
 from crosscut.kernels.flags import FLAG_CLASSES, count_flags
 from crosscut.kernels.launch import kernel
+from crosscut.kernels.scratch import Scratch
 
 CELL = 64
 """Classes of a cell."""
@@ -47,19 +48,20 @@ SURVEY_CLASSES, SURVEYORS = 128, 256
 THRESHOLDS = (1.0, 0.5, 0.25, 0.125)
 """Of ``column_mass``: from which mass on a pair may be kept. Each half of the one before."""
 
-MOST_POPULAR = 2**15
-
 
 class KeptPairs(NamedTuple):
-    """The lists; see the module. Entries past the last are undefined unless said otherwise."""
+    """The lists; see the module. Entries past the last are undefined unless said otherwise.
+
+    All are scratch but for ``column_mass``, ``popular``, ``popular_rank`` and single numbers.
+    """
 
     columns: Tensor  # [slots] int32; 0 in the padding
     cell_start: Tensor  # [blocks, cells + 1] int32
     column_mass: Tensor  # [blocks, V], 0 in place of pairs that are kept, and of no tokens
     tail: Tensor  # [blocks] float32, sums of ``column_mass``
     threshold: Tensor  # [1] float32; 0 where the tail is too heavy at any
-    popular: Tensor  # [at most MOST_POPULAR] int32
-    popular_count: Tensor  # [1] int32
+    popular: Tensor  # [most_popular] int32
+    popular_count: Tensor  # [2] int32: how many, and how many are not late
     popular_rank: Tensor  # [V] int32, -1 for others
     popular_slot: Tensor  # [blocks, len(popular)] int32, -1 where not kept; of popular classes
     num_rows: Tensor  # [1] int32, the rows that take part; -1 if the pairs are of no use
@@ -144,7 +146,7 @@ def count_pairs_kernel(
 def place_pairs_kernel(
     count_ptr, block_count_ptr, chunk_tail_ptr, is_popular_ptr, cell_start_ptr, tail_ptr,
     popular_ptr, popular_count_ptr, popular_rank_ptr, num_blocks, num_classes, cells, chunks,
-    most_popular, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+    most_popular, late_from, most_late, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program b owns block b; those past the blocks own BLOCK classes each."""
     program = tl.program_id(0)
@@ -171,16 +173,20 @@ def place_pairs_kernel(
     else:
         first = (program - num_blocks) * BLOCK
         before = count_flags(is_popular_ptr, 0, first, num_classes, BLOCK)
+        early = tl.minimum(
+            count_flags(is_popular_ptr, 0, late_from, late_from, BLOCK), most_popular
+        )
+        most = tl.minimum(early + most_late, most_popular)
         classes = first + tl.arange(0, BLOCK)
         inside = classes < num_classes
         popular = tl.load(is_popular_ptr + classes, mask=inside, other=0).to(tl.int32)
         rank = before + tl.cumsum(popular, 0) - popular
-        listed = (popular > 0) & (rank < most_popular)
+        listed = (popular > 0) & (rank < most)
         tl.store(popular_ptr + rank, classes, mask=listed)
         tl.store(popular_rank_ptr + classes, tl.where(listed, rank, -1), mask=inside)
         if first + BLOCK >= num_classes:
-            count = tl.minimum(before + tl.sum(popular, 0), most_popular)
-            tl.store(popular_count_ptr, count)
+            tl.store(popular_count_ptr, tl.minimum(before + tl.sum(popular, 0), most))
+            tl.store(popular_count_ptr + 1, early)
 
 
 @kernel
@@ -229,11 +235,16 @@ def list_pairs_kernel(
 def kept_pairs(
     column_mass: Tensor,
     num_rows: Tensor,
+    tail_mass: Tensor,
+    scratch: Scratch,
     *,
     block_n: int,
     num_slots: int,
     block_slots: int,
     most_tail: float,
+    most_popular: int,
+    late_from: int,
+    most_late: int,
 ) -> KeptPairs:
     """List the pairs of ``column_mass`` [blocks, V] that are to be kept.
 
@@ -241,31 +252,38 @@ def kept_pairs(
         column_mass: by block of tokens, KEPT at the labels; what is in the blocks past the last
             token is not looked at.
         num_rows: [1] int32, how many rows take part.
+        tail_mass: [blocks, V], gets the masses of what is not kept.
+        scratch: where lists go.
         block_n: tokens of a block.
         num_slots: room for pairs and padding.
         block_slots: what a block's slots are a multiple of; a power of two.
         most_tail: the most tail that a row may have on average, in the unit of ``column_mass``.
+        most_popular: room for popular classes.
+        late_from: the class from which on popular classes are late.
+        most_late: room for those.
     """
     blocks, num_classes = column_mass.shape
     cells = triton.cdiv(num_classes, CELL)
     chunks = triton.cdiv(cells, COUNT_CELLS)
-    most_popular = min(MOST_POPULAR, num_classes)
 
     def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=column_mass.device)
+        return scratch.new(*shape, dtype=dtype)
+
+    def lasting(size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=column_mass.device)
 
     pairs = KeptPairs(
+        column_mass=tail_mass,
         columns=new(num_slots),
         cell_start=new(blocks, cells + 1),
-        column_mass=torch.empty_like(column_mass),
-        threshold=new(1, dtype=torch.float32),
         tail=new(blocks, dtype=torch.float32),
-        popular=new(most_popular),
-        popular_count=new(1),
-        popular_rank=new(num_classes),
+        popular=lasting(most_popular),
         popular_slot=new(blocks, most_popular),
-        num_rows=new(1),
-        exact_rows=new(1),
+        popular_rank=lasting(num_classes),
+        popular_count=lasting(2),
+        threshold=lasting(1, dtype=torch.float32),
+        num_rows=lasting(1),
+        exact_rows=lasting(1),
     )
     count, block_count = new(blocks, cells), new(blocks).zero_()
     chunk_tail = new(blocks, chunks, dtype=torch.float32)
@@ -284,7 +302,8 @@ def kept_pairs(
     place_pairs_kernel[(blocks + triton.cdiv(num_classes, FLAG_CLASSES),)](
         count, block_count, chunk_tail, is_popular, pairs.cell_start, pairs.tail,
         pairs.popular, pairs.popular_count, pairs.popular_rank, blocks, num_classes, cells, chunks,
-        most_popular, SLOTS=block_slots, BLOCK=FLAG_CLASSES, num_warps=8,
+        most_popular, late_from, most_late, SLOTS=block_slots, BLOCK=FLAG_CLASSES,
+        num_warps=8,
     )  # fmt: skip
     list_pairs_kernel[(blocks, triton.cdiv(cells, LIST_CELLS))](
         column_mass, num_rows, pairs.threshold, block_count, pairs.cell_start, pairs.popular_rank,

@@ -39,7 +39,6 @@ def move_rows_kernel(
     source_ptr,
     index_ptr,
     scale_ptr,
-    gate_ptr,
     out_ptr,
     num_rows,
     hidden_size,
@@ -49,8 +48,6 @@ def move_rows_kernel(
     BLOCK_D: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    if gate_ptr is not None:
-        num_rows = tl.where(tl.load(gate_ptr) < 0, 0, num_rows)
     index = tl.load(index_ptr + rows, mask=rows < num_rows, other=-1).to(tl.int64)
     scale = None
     if scale_ptr is not None:
@@ -61,20 +58,14 @@ def move_rows_kernel(
     )  # fmt: skip
 
 
-def move_rows(
-    out: Tensor,
-    source: Tensor,
-    index: Tensor,
-    scale: Tensor | None = None,
-    gate: Tensor | None = None,
-) -> Tensor:
+def move_rows(out: Tensor, source: Tensor, index: Tensor, scale: Tensor | None = None) -> Tensor:
     """Fill ``out`` [n, D], contiguous, from ``source`` [m, D] by ``index`` [n]; return it.
 
-    ``scale`` [1] float32, or None for 1. Nothing is done where ``gate`` [1] int32 is negative.
+    ``scale`` [1] float32, or None for 1.
     """
     if len(out):
         move_rows_kernel[(triton.cdiv(len(out), BLOCK_N),)](
-            source, index, scale, gate, out, *out.shape, *source.stride(),
+            source, index, scale, out, *out.shape, *source.stride(),
             BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D,
         )  # fmt: skip
     return out

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from crosscut.kernels.kept_pairs import KeptPairs
 from crosscut.kernels.launch import kernel
+from crosscut.kernels.scratch import Scratch
 from crosscut.kernels.softmax_gradient import Tokens
 from crosscut.kernels.tiles import (
     LOG2_E,
@@ -52,7 +53,10 @@ TAIL_D = 128
 
 
 class PairGradient(NamedTuple):
-    """dz of the kept pairs, and sums of the kept softmax by tile of slots. Float32 but for dz."""
+    """dz of the kept pairs, and sums of the kept softmax by tile of slots. Float32 but for dz.
+
+    All are scratch.
+    """
 
     dz: Tensor  # [slots, BLOCK_N]
     num_entries: Tensor  # [slots] int32; 0 in popular classes
@@ -177,6 +181,7 @@ def pair_gradient(
     head: Head,
     tokens: Tokens,
     pairs: KeptPairs,
+    scratch: Scratch,
     tiles: Tiles,
     *,
     mass_unit: float,
@@ -189,24 +194,25 @@ def pair_gradient(
         tokens: those that take part, side by side, up to a multiple of BLOCK_N.
         pairs: lists with a multiple of BLOCK_V slots a block; ``pairs.column_mass`` gets the rest
             of each pair whose class is not popular.
+        scratch: where the results go.
         tiles: BLOCK_N tokens x BLOCK_V slots, in steps of BLOCK_D dimensions.
         mass_unit: unit of ``column_mass`` and ``rest``.
         entry: see the module.
     """
-    num_slots, device = len(pairs.columns), pairs.columns.device
+    num_slots = len(pairs.columns)
     slot_tiles = num_slots // tiles.block_v
 
-    def new(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return scratch.new(*shape, dtype=dtype)
 
     found = PairGradient(
-        dz=torch.empty(num_slots, tiles.block_n, dtype=head.hidden.dtype, device=device),
-        num_entries=torch.empty(num_slots, dtype=torch.int32, device=device),
+        dz=new(num_slots, tiles.block_n, dtype=head.hidden.dtype),
+        num_entries=new(num_slots, dtype=torch.int32),
         kept_mass=new(slot_tiles, tiles.block_n),
         entry_mass=new(slot_tiles, tiles.block_n),
         rest=new(num_slots),
     )
-    pair_gradient_kernel[(num_programs(device),)](
+    pair_gradient_kernel[(num_programs(pairs.columns.device),)](
         tokens.num_rows,
         tokens.hidden,
         descriptor(tokens.hidden, (tiles.block_n, tiles.block_d), tiles),

@@ -153,6 +153,7 @@ def popular_rows_kernel(
     tail_row_ptr,  # [blocks, D]
     scale_ptr,
     out_ptr,
+    late_ptr,
     most_popular,
     num_blocks,
     num_classes,
@@ -205,13 +206,44 @@ def popular_rows_kernel(
         for part in tl.static_range(4):
             d = first_d + part * (BLOCK_D // 4) + tl.arange(0, BLOCK_D // 4)
             value = column_part(total, part, 4, BLOCK_V, BLOCK_D) * tl.load(scale_ptr)
-            place = out_ptr + classes[:, None] * hidden_size + d[None, :]
+            value = value.to(out_ptr.dtype.element_ty)
             inside = (rank < count)[:, None] & (d < hidden_size)[None, :]
-            tl.store(place, value.to(out_ptr.dtype.element_ty), mask=inside)
+            place = classes[:, None] * hidden_size + d[None, :]
+            if late_ptr is None:
+                tl.store(out_ptr + place, value, mask=inside)
+            else:
+                late = rank - tl.load(popular_count_ptr + 1)
+                tl.store(out_ptr + place, value, mask=inside & (late < 0)[:, None])
+                place = late[:, None] * hidden_size + d[None, :]
+                tl.store(late_ptr + place, value, mask=inside & (late >= 0)[:, None])
+
+
+@kernel
+def late_rows_kernel(
+    num_rows_ptr, popular_ptr, popular_count_ptr, late_ptr, out_ptr, hidden_size,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Program i owns late rows i, i + P, ..."""
+    early = tl.load(popular_count_ptr + 1)
+    late = tl.where(tl.load(num_rows_ptr) < 0, 0, tl.load(popular_count_ptr) - early)
+    for row in range(tl.program_id(0), late, tl.num_programs(0)):
+        target = tl.load(popular_ptr + early + row).to(tl.int64) * hidden_size
+        for first in range(0, hidden_size, BLOCK_D):
+            d = first + tl.arange(0, BLOCK_D)
+            value = tl.load(late_ptr + row * hidden_size + d, mask=d < hidden_size)
+            tl.store(out_ptr + target + d, value, mask=d < hidden_size)
+
+
+def late_rows(out: Tensor, late: Tensor, tokens: Tokens, pairs: KeptPairs) -> None:
+    """Put the rows of ``late`` where they belong in ``out``. See :func:`popular_rows`."""
+    late_rows_kernel[(num_programs(out.device),)](
+        tokens.num_rows, pairs.popular, pairs.popular_count, late, out, out.shape[1], BLOCK_D=1024
+    )
 
 
 def popular_rows(
     out: Tensor,
+    late: Tensor | None,
     tokens: Tokens,
     dz: Tensor,
     pairs: KeptPairs,
@@ -223,6 +255,8 @@ def popular_rows(
 
     Args:
         out: [V, D], contiguous.
+        late: [most_late, D], gets the rows of late classes in place of ``out``; None if there are
+            none.
         tokens: those that take part, zeros up to a multiple of BLOCK_N.
         dz: [slots, BLOCK_N].
         pairs: the lists.
@@ -241,6 +275,7 @@ def popular_rows(
         *tail,
         scale,
         out,
+        late,
         len(pairs.popular),
         len(tail[0]),
         *out.shape,

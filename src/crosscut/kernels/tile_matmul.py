@@ -26,6 +26,9 @@ and sums are in one order: reruns are bitwise equal.
 **Cost.** 2MKD flop, less what is not listed. No workspace.
 
 **Numerics.** Operands in their own dtype, sums in float32. Tokens past the last one are zeros in L.
+A dH that is added to chunk by chunk may be two numbers of two bytes: what it is when rounded, and
+LOW_SCALE times what the rounding left, which together are as good as 16 bits and more. It is
+complete in place, in no more memory than float32.
 """
 
 from __future__ import annotations
@@ -41,6 +44,9 @@ from crosscut.kernels.tiles import Tiles, column_part, descriptor, dot_tile, num
 
 TILE = 128
 """Tokens, and classes, of a tile of the filter."""
+
+LOW_SCALE = tl.constexpr(2.0**11)
+"""What rounding leaves is stored times this: as it is, it may be too small for float16."""
 
 
 class LiveTiles(NamedTuple):
@@ -91,6 +97,7 @@ def tile_matmul_kernel(
     out_rows_ptr,
     row_sum_ptr,
     out_ptr,
+    low_ptr,
     begin,
     num_classes,
     hidden_size,
@@ -100,6 +107,7 @@ def tile_matmul_kernel(
     stride_right_d,
     OF_CLASSES: tl.constexpr,
     ACCUMULATE: tl.constexpr,
+    OVERWRITE_FIRST: tl.constexpr,
     LIVE_TILE: tl.constexpr,
     TILES: tl.constexpr,
 ):
@@ -163,17 +171,27 @@ def tile_matmul_kernel(
             tl.store(row_sum_ptr + m, row_sum, mask=(m < m_size) & (first_d == 0))
         rows = m.to(tl.int64)
         if out_rows_ptr is not None:
-            rows = tl.load(out_rows_ptr + m, mask=m < m_size, other=0)
+            rows = tl.load(out_rows_ptr + m, mask=m < m_size, other=0).to(tl.int64)
         for part in tl.static_range(4):
             d = first_d + part * (BLOCK_D // 4) + tl.arange(0, BLOCK_D // 4)
             value = column_part(total, part, 4, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D / 4]
             if scale_ptr is not None:
                 value *= tl.load(scale_ptr)
-            out = out_ptr + rows[:, None] * hidden_size + d[None, :]
+            place = rows[:, None] * hidden_size + d[None, :]
             inside = (m < m_size)[:, None] & (d < hidden_size)[None, :]
             if ACCUMULATE:
-                value += tl.load(out, mask=inside, other=0.0).to(tl.float32)
-            tl.store(out, value.to(out_ptr.dtype.element_ty), mask=inside)
+                before = inside
+                if OVERWRITE_FIRST:
+                    before &= begin > 0
+                if low_ptr is not None:
+                    low = tl.load(low_ptr + place, mask=before, other=0.0)
+                    value += low.to(tl.float32) * (1 / LOW_SCALE)
+                value += tl.load(out_ptr + place, mask=before, other=0.0).to(tl.float32)
+            rounded = value.to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + place, rounded, mask=inside)
+            if low_ptr is not None:
+                low = (value - rounded.to(tl.float32)) * LOW_SCALE
+                tl.store(low_ptr + place, low.to(low_ptr.dtype.element_ty), mask=inside)
 
 
 def _launch(
@@ -201,6 +219,7 @@ def _launch(
         out_rows,
         None,
         out,
+        None,
         0,
         dz.shape[1],
         right.shape[1],
@@ -209,6 +228,7 @@ def _launch(
         *right.stride(),
         OF_CLASSES=of_classes,
         ACCUMULATE=not of_classes,
+        OVERWRITE_FIRST=False,
         LIVE_TILE=TILE,
         TILES=tiles.constants,
         num_warps=tiles.num_warps,

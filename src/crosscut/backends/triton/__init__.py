@@ -31,7 +31,7 @@ from crosscut.backends.triton.column_filter import (
     block_tokens,
     filters_columns,
     mass_unit,
-    most_pairs,
+    room_for_pairs,
     token_blocks,
 )
 
@@ -127,7 +127,7 @@ class TritonBackend:
             kept = masses.numel() - int(in_tail.sum())
             tail = masses[in_tail].sum(dtype=torch.float32).item() * unit / num_rows
             if tail <= MAX_TAIL or not auto:
-                fits = kept <= most_pairs(problem)
+                fits = kept <= room_for_pairs(problem, lends=True).pairs
                 return (kept / masses.numel(), tail) if fits else (1.0, 0.0)
         return 1.0, 0.0
 

@@ -23,8 +23,10 @@ def compute_gradients(
         if value is not None and need else None
         for value, need in zip(inputs, needs, strict=True)
     ))  # fmt: skip
+    if out.hidden is not None:
+        out.hidden.zero_()  # rows that take no part
     if not len(problem.labels):
-        for gradient in out:
+        for gradient in out[1:]:
             if gradient is not None:
                 gradient.zero_()
         return out

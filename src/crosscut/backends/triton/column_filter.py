@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -12,11 +13,20 @@ from crosscut.options import workspace_limit
 MAX_TAIL = 0.015
 """Mean mass of a token's tail that may be left out, under ``auto``."""
 
-MOST_KEPT = 5 * 2**11
+MOST_KEPT = 9 * 2**10
 """Pairs (block of tokens, class) of a block that there is always room for, on average."""
 
 ENTRIES_PER_TOKEN = 256
 """Entries of dC that there is room for."""
+
+MOST_POPULAR = 2**15
+"""Classes whose rows of dC may be made from whole blocks."""
+
+MOST_LENT = 0.75
+"""Of the rows of dC: how many at most lend their memory."""
+
+LATE_BYTES = 9 * 2**22
+"""Room for rows of popular classes that are finished while theirs are lent."""
 
 
 def mass_unit(num_classes: int) -> float:
@@ -54,8 +64,8 @@ def filters_columns(problem: HeadProblem) -> bool:
     sparse = problem.options.policy in ("auto", "filtered")
     if not (low_precision and simple and sparse and len(problem.labels)):
         return False
-    pairs, everything = most_pairs(problem), token_blocks(problem) * len(problem.classifier)
-    return max(pairs * block_tokens(problem), everything) < 2**31  # lists are of int32
+    # Lists are of int32; the room for pairs is never as large.
+    return token_blocks(problem) * len(problem.classifier) < 2**31
 
 
 def block_tokens(problem: HeadProblem) -> int:
@@ -68,13 +78,34 @@ def token_blocks(problem: HeadProblem) -> int:
     return math.ceil(len(problem.labels) / block_tokens(problem))
 
 
-def most_pairs(problem: HeadProblem) -> int:
-    """How many kept pairs there is room for.
+class Room(NamedTuple):
+    """For the kept pairs."""
 
-    MOST_KEPT a block, or as many as fit where the exact gradient would have ``workspace_limit()``
-    and dH in float32; at most a quarter of all, from where on little time would be saved.
+    pairs: int  # how many
+    lent_from: int  # the first class whose row of dC lends its memory; V if none does
+
+
+def room_for_pairs(problem: HeadProblem, *, lends: bool) -> Room:
+    """How many kept pairs there is room for, and where; ``lends`` says that dC is wanted.
+
+    In rows of dC, if these hold as many as memory of their own would: up to a quarter of all pairs,
+    from where on little time would be saved. Else as many as fit where the exact gradient would
+    have ``workspace_limit()`` and dH in float32, or MOST_KEPT a block.
     """
     blocks, num_classes = token_blocks(problem), len(problem.classifier)
-    pair_bytes = block_tokens(problem) * problem.hidden.element_size()
-    room = min(workspace_limit() + 4 * problem.hidden.numel(), 2**31) // max(1, blocks * pair_bytes)
-    return blocks * min(max(MOST_KEPT, min(room, num_classes // 4)), num_classes)
+    if not blocks:
+        return Room(0, num_classes)
+    dz_bytes = block_tokens(problem) * problem.hidden.element_size()
+    most = min(blocks * (num_classes // 4), 2**31 // dz_bytes)
+    own = min((workspace_limit() + 4 * problem.hidden.numel()) // dz_bytes, most)
+    own = min(max(own, MOST_KEPT * blocks), blocks * num_classes)
+
+    row_bytes = problem.classifier.shape[1] * problem.classifier.element_size()
+    lent = int(MOST_LENT * num_classes) * row_bytes
+    popular = min(MOST_POPULAR, num_classes)
+    lists = blocks * (num_classes * 9 // 4 + 4 * popular + 2**17)  # and the tail's masses
+    pair_bytes = dz_bytes + 24
+    pairs = min((lent - lists) // pair_bytes, most)
+    if not lends or pairs < own:
+        return Room(own, num_classes)
+    return Room(pairs, num_classes - math.ceil((lists + pairs * pair_bytes) / row_bytes))

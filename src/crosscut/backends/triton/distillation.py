@@ -29,6 +29,7 @@ from crosscut.kernels.kept_rows import KeptRows, kept_tokens
 from crosscut.kernels.move_rows import move_rows
 from crosscut.kernels.tile_matmul import TILE, add_hidden_gradient, classifier_gradient
 from crosscut.kernels.tiles import Head, Kernel, choose_tiles
+from crosscut.options import workspace_limit
 
 
 def compute_divergences(problem: DistillationProblem) -> Divergences:
@@ -80,7 +81,7 @@ def compute_student_gradients(
 
     gradient = choose_tiles(Kernel.DIVERGENCE_GRADIENT, head.hidden)
     matmul = choose_tiles(Kernel.MATMUL, head.hidden)
-    width = chunk_width(head, gradient, matmul)
+    width = chunk_width(head, gradient, matmul, workspace_limit())
     workspace = new_workspace(head, width)
     scale = workspace.new_full((1,), head.options.logit_scale, dtype=torch.float32)
     d_hidden = d_classifier = d_bias = None

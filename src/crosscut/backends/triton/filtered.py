@@ -25,18 +25,23 @@ from torch import Tensor
 from crosscut.backends.protocol import Gradients, HeadProblem, Statistics
 from crosscut.backends.triton.column_filter import (
     ENTRIES_PER_TOKEN,
+    LATE_BYTES,
     MAX_TAIL,
+    MOST_POPULAR,
     entry_above,
     mass_unit,
-    most_pairs,
+    room_for_pairs,
 )
 from crosscut.backends.triton.sweep import KeptTokens, sweep
 from crosscut.kernels.entry_matmul import classifier_rows, list_entries
-from crosscut.kernels.kept_pairs import kept_pairs
+from crosscut.kernels.kept_pairs import CELL, kept_pairs
+from crosscut.kernels.launch import like_or
 from crosscut.kernels.pair_gradient import pair_gradient, tail_of_tokens
-from crosscut.kernels.pair_matmul import hidden_rows, popular_rows
+from crosscut.kernels.pair_matmul import hidden_rows, late_rows, popular_rows
+from crosscut.kernels.scratch import Scratch
 from crosscut.kernels.tiles import Head, Kernel, choose_tiles
 
+_LITTLE = 2**23  # bytes that are not worth another launch
 _ANY_TAIL = torch.finfo(torch.float32).max  # not inf: no rows times that is no number
 
 
@@ -62,38 +67,59 @@ def _from_kept_pairs(
     head = Head(hidden, classifier, None, problem.options.logit_scale, problem.options.softcap)
     blocks, num_classes = statistics.column_mass.shape
     unit, entry = mass_unit(num_classes), entry_above(len(hidden))
-    slots = (math.ceil(most_pairs(problem) / tiles.block_v) + blocks) * tiles.block_v
+    room = room_for_pairs(problem, lends=out.classifier is not None)
+    slots = (math.ceil(room.pairs / tiles.block_v) + blocks) * tiles.block_v
+    scratch = Scratch(hidden.device, out.classifier, room.lent_from)
+    late = None
+    if out.classifier is not None and room.lent_from < num_classes:
+        most_late = min(num_classes - room.lent_from, LATE_BYTES // classifier[0].nbytes)
+        late = torch.empty_like(out.classifier[:most_late])
+    # First of all: what is scratch for the longest. The rows before it can be written meanwhile.
+    in_dc = scratch if statistics.column_mass.nbytes > _LITTLE else Scratch(hidden.device)
+    tail_mass = in_dc.new(blocks, num_classes, dtype=statistics.column_mass.dtype)
+    before_tail = num_classes if in_dc.taken_from is None else in_dc.taken_from // CELL * CELL
     pairs = kept_pairs(
-        statistics.column_mass, kept.count,
+        statistics.column_mass, kept.count, tail_mass, scratch,
         block_n=tiles.block_n, num_slots=slots, block_slots=tiles.block_v,
         most_tail=MAX_TAIL / unit if problem.options.policy == "auto" else _ANY_TAIL,
+        most_popular=min(MOST_POPULAR, num_classes),
+        late_from=room.lent_from, most_late=0 if late is None else len(late),
     )  # fmt: skip
     exact_rows = pairs.exact_rows
     tokens = tokens._replace(num_rows=pairs.num_rows)
 
-    column_mass = pairs.column_mass
-    by_block = _product(column_mass, classifier) if out.hidden is not None else None  # [blocks, D]
-    gradient = pair_gradient(head, tokens, pairs, tiles, mass_unit=unit, entry=entry)
+    by_block = _product(tail_mass, classifier) if out.hidden is not None else None  # [blocks, D]
+    gradient = pair_gradient(head, tokens, pairs, scratch, tiles, mass_unit=unit, entry=entry)
     slope_mean = None
     if problem.options.softcap is not None:
         slope_mean = statistics.tail_mass, kept.rows
     x, rows = tail_of_tokens(tokens, slope_mean, pairs, gradient, tiles)
     if out.hidden is not None and by_block is not None:
-        out.hidden.zero_()
         hidden_rows(
             out.hidden, tokens, kept.rows, gradient.dz, classifier, pairs,
             (x, by_block), scale, choose_tiles(Kernel.PAIR_MATMUL, hidden),
         )  # fmt: skip
     if out.classifier is not None:
-        most = ENTRIES_PER_TOKEN * len(hidden)
-        entries = list_entries(kept.count, tokens, pairs, gradient, most=most, entry=entry)
+        most = min(ENTRIES_PER_TOKEN * len(hidden), 2**31 - 1)
+        entries = list_entries(kept.count, tokens, pairs, gradient, scratch, most=most, entry=entry)
         exact_rows = entries.exact_rows
         tokens = tokens._replace(num_rows=entries.num_rows)
-        tail = column_mass, rows
-        tiles = choose_tiles(Kernel.ENTRY_MATMUL, hidden)
-        classifier_rows(out.classifier, tokens, entries, pairs, tail, scale, tiles)
         tiles = choose_tiles(Kernel.POPULAR_MATMUL, hidden)
-        popular_rows(out.classifier, tokens, gradient.dz, pairs, tail, scale, tiles)
+        tail = tail_mass, rows
+        popular_rows(out.classifier, late, tokens, gradient.dz, pairs, tail, scale, tiles)
+        # From here on nothing in dC is wanted but the tail's masses.
+        tiles = choose_tiles(Kernel.ENTRY_MATMUL, hidden)
+        of_last = tail_mass[:, before_tail:]
+        of_last = like_or(of_last, of_last.contiguous)
+        for classes, mass in (
+            (range(before_tail), tail_mass),
+            (range(before_tail, num_classes), of_last),
+        ):
+            if classes:
+                tail = mass, rows
+                classifier_rows(out.classifier, classes, tokens, entries, pairs, tail, scale, tiles)
+        if late is not None:
+            late_rows(out.classifier, late, tokens, pairs)
     return exact_rows
 
 

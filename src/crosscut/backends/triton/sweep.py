@@ -4,11 +4,19 @@ For each chunk a kernel makes the gradient of its logits, ``dz`` [N, chunk], at 
 ``workspace_limit()`` bytes, and it is multiplied:
 
     dC[chunk] = dz^T H        complete at once
-    dH       += dz C[chunk]   across the chunks, in float32
+    dH       += dz C[chunk]   across the chunks, in float32 or as much
 
 6NVD flop, of which a product that nobody wants is left out. Tokens that take no part are left out
 of all of it: the others are first put side by side, in an [N, D] copy. The exact gradient is one
-launch for all chunks (:mod:`crosscut.kernels.exact_sweep`), the paper's three for each.
+launch for many chunks (:mod:`crosscut.kernels.exact_sweep`), the paper's three for each.
+
+**Memory.** The exact gradient's ``dz`` lies in rows of dC that are not written yet
+(:mod:`crosscut.kernels.scratch`). The last of them are made with less, and the very last with what
+is allocated for it:
+
+    classes      0                      V - r       V - s    V        r, s: rows that dz takes
+    dz           [N, wide]              [N, middle] [N, narrow]
+    lies in      dC[V - r:]             dC[V - s:]  memory of its own
 
 **The paper's filter** (policies ``cce*``). The first kernel marks the tiles of 128 tokens x 128
 classes in which some ``|softmax - onehot|`` reaches 2**-12 (section 4.3, gradient filtering), and
@@ -33,6 +41,7 @@ from crosscut.kernels.gather_tokens import PerToken, gather_tokens
 from crosscut.kernels.kept_rows import KeptRows, kept_tokens
 from crosscut.kernels.launch import like_or
 from crosscut.kernels.move_rows import move_rows
+from crosscut.kernels.scratch import Scratch
 from crosscut.kernels.softmax_gradient import HeadChunk, Tokens, softmax_gradient
 from crosscut.kernels.tile_matmul import (
     TILE,
@@ -45,6 +54,12 @@ from crosscut.options import workspace_limit
 
 MOST_CLASSES = 2**17
 """Classes of a chunk, at most."""
+
+MIDDLE, NARROW = 0.3, 0.14
+"""Of ``workspace_limit()``: the workspace of the last classes, where the others' is in dC."""
+
+ENOUGH_CLASSES = 2**12
+"""A chunk of so many is as good as a wider one."""
 
 
 class KeptTokens(NamedTuple):
@@ -66,37 +81,60 @@ def sweep(problem: HeadProblem, together: KeptTokens, out: Gradients) -> None:
         chunks = _Chunks(problem, together, out)
         for first in range(0, len(problem.classifier), chunks.width):
             chunks.visit(slice(first, first + chunks.width))
-        d_hidden = chunks.d_hidden
+        if out.hidden is not None and chunks.d_hidden is not None:
+            move_rows(out.hidden, chunks.d_hidden, together.kept.place, together.scale)
     else:
-        d_hidden = _sweep_at_once(problem, together, out)
-    if out.hidden is not None and d_hidden is not None:
-        move_rows(
-            out.hidden, d_hidden, together.kept.place, together.scale, together.tokens.num_rows
-        )
+        _exact(problem, together, out)
 
 
-def _sweep_at_once(problem: HeadProblem, together: KeptTokens, out: Gradients) -> Tensor | None:
-    """The exact gradients but for dH, which is returned, side by side."""
+def _exact(problem: HeadProblem, together: KeptTokens, out: Gradients) -> None:
     hidden, bias, weight = problem.hidden, problem.bias, problem.logit_weight
-    gradient, matmul = choose_tiles(Kernel.GRADIENT, hidden), choose_tiles(Kernel.MATMUL, hidden)
-    _, tokens, lift, scale = together
-    d_hidden = class_sum = None
-    if out.hidden is not None:
-        d_hidden = tokens.hidden.new_zeros(tokens.hidden.shape, dtype=torch.float32)
+    tiles = choose_tiles(Kernel.GRADIENT, hidden), choose_tiles(Kernel.MATMUL, hidden)
+    kept, tokens, lift, scale = together
+    head = Head(
+        hidden, problem.classifier, None if bias is None else bias.contiguous(),
+        problem.options.logit_scale, problem.options.softcap,
+    )  # fmt: skip
+    low = class_sum = None
+    if out.hidden is not None and out.hidden.dtype != torch.float32:
+        low = torch.empty_like(out.hidden)
     if out.bias is not None:
         class_sum = out.bias.new_empty(out.bias.shape, dtype=torch.float32)
-    dz = new_workspace(problem, chunk_width(problem, gradient, matmul))
-    exact_sweep(
-        Head(
-            hidden, problem.classifier, None if bias is None else bias.contiguous(),
-            problem.options.logit_scale, problem.options.softcap,
-        ),
-        None if weight is None else weight.contiguous(),
-        tokens, SweepOutputs(d_hidden, out.classifier, class_sum), dz, scale, gradient, matmul,
-    )  # fmt: skip
+    outputs = SweepOutputs(kept.rows, out.hidden, low, out.classifier, class_sum)
+    weight = None if weight is None else weight.contiguous()
+    for classes, dz in _workspaces(problem, out.classifier, *tiles):
+        exact_sweep(head, weight, tokens, outputs, dz, classes, scale, *tiles)
     if out.bias is not None and class_sum is not None:
         out.bias.copy_(class_sum if lift is None else class_sum / lift)
-    return d_hidden
+
+
+def _workspaces(
+    problem: HeadProblem, d_classifier: Tensor | None, gradient: Tiles, matmul: Tiles
+) -> list[tuple[range, Tensor]]:
+    """Which classes go together, and their ``dz`` [whole tiles of tokens, chunk]; see the module.
+
+    Where dC is small, or is not wanted, all of them have memory of their own; and where a chunk is
+    wide enough without more.
+    """
+    num_classes, limit = len(problem.classifier), workspace_limit()
+    num_tokens = math.ceil(len(problem.hidden) / TILE) * TILE
+
+    def workspace(share: float, lender: Tensor | None = None) -> tuple[Tensor, Scratch]:
+        scratch = Scratch(problem.hidden.device, lender)
+        width = chunk_width(problem, gradient, matmul, int(limit * share))
+        return scratch.new(num_tokens, width, dtype=problem.hidden.dtype), scratch
+
+    if d_classifier is None or d_classifier.nbytes < 4 * limit:
+        return [(range(num_classes), workspace(1)[0])]
+    narrow, _ = workspace(NARROW)
+    parts, first = [], 0
+    if narrow.shape[1] < ENOUGH_CLASSES:
+        for share in (1, MIDDLE):
+            dz, scratch = workspace(share, d_classifier)
+            last = (scratch.taken_from or 0) // TILE * TILE
+            parts.append((range(first, last), dz))
+            first = last
+    return [*parts, (range(first, num_classes), narrow)]
 
 
 def new_workspace(problem: HeadProblem, width: int) -> Tensor:
@@ -136,7 +174,7 @@ class _Chunks:
         if out.hidden is not None:
             self.d_hidden = torch.zeros_like(self.tokens.hidden, dtype=total)
         self.d_classifier, self.d_bias = out.classifier, out.bias
-        self.width = chunk_width(problem, self.gradient, self.matmul)
+        self.width = chunk_width(problem, self.gradient, self.matmul, workspace_limit())
         self.workspace = new_workspace(problem, self.width)
         if out.bias is not None:
             self.workspace.zero_()  # its sums are over all rows
@@ -272,11 +310,11 @@ def _by_mean_logit(problem: HeadProblem, tokens: Tokens) -> Tensor:
     return logit.argsort(descending=True, stable=True)
 
 
-def chunk_width(problem: HeadProblem, gradient: Tiles, matmul: Tiles) -> int:
-    """Classes of a chunk: as many as the workspace allows, and few programs idle."""
+def chunk_width(problem: HeadProblem, gradient: Tiles, matmul: Tiles, num_bytes: int) -> int:
+    """Classes of a chunk: as many as so large a workspace allows, and few programs idle."""
     num_tokens = len(problem.hidden)
     row_bytes = math.ceil(num_tokens / TILE) * TILE * problem.hidden.element_size()
-    most = min(workspace_limit() // row_bytes, MOST_CLASSES, len(problem.classifier) + TILE - 1)
+    most = min(num_bytes // row_bytes, MOST_CLASSES, len(problem.classifier) + TILE - 1)
     programs = num_programs(problem.hidden.device)
     return _fullest_width(tuple(problem.hidden.shape), most, gradient, matmul, programs)
 
