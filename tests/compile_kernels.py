@@ -187,13 +187,15 @@ def launch_others(head: Any, tokens: Any, kept: Any, dz: torch.Tensor, choose: A
     indexed_matmul(head, several)
     sums = None if head.bias is None else torch.zeros(len(head.bias))
     low = None if hidden.dtype == torch.float32 else hidden
-    out = SweepOutputs(
-        kept.rows, torch.empty_like(hidden), low, torch.empty_like(head.classifier), sums
-    )
+    d_classifier = torch.empty_like(head.classifier)
     for some in (
         tokens._replace(vectors=torch.zeros(n, 5)),
         tokens._replace(labels=several, d_targets=torch.zeros(n, 4)),
     ):
+        total = hidden, low
+        if some.vectors.shape[1] == 5:
+            total = torch.zeros(n, hidden.shape[1]), None
+        out = SweepOutputs(kept.rows, *total, d_classifier, sums)
         for like in (hidden[:, :640], hidden):
             tiles = choose(Kernel.GRADIENT, like), choose(Kernel.MATMUL, like)
             classes = range(len(head.classifier))

@@ -96,14 +96,20 @@ def _exact(problem: HeadProblem, together: KeptTokens, out: Gradients) -> None:
         problem.options.logit_scale, problem.options.softcap,
     )  # fmt: skip
     low = class_sum = None
-    if out.hidden is not None and out.hidden.dtype != torch.float32:
-        low = torch.empty_like(out.hidden)
+    d_hidden = out.hidden
+    if d_hidden is not None and tokens.vectors.shape[1] == 5:
+        # The entropy's kernel has no registers left for a sum in two numbers.
+        d_hidden = torch.zeros_like(d_hidden, dtype=torch.float32)
+    elif d_hidden is not None and d_hidden.dtype != torch.float32:
+        low = torch.empty_like(d_hidden)
     if out.bias is not None:
         class_sum = out.bias.new_empty(out.bias.shape, dtype=torch.float32)
-    outputs = SweepOutputs(kept.rows, out.hidden, low, out.classifier, class_sum)
+    outputs = SweepOutputs(kept.rows, d_hidden, low, out.classifier, class_sum)
     weight = None if weight is None else weight.contiguous()
     for classes, dz in _workspaces(problem, out.classifier, *tiles):
         exact_sweep(head, weight, tokens, outputs, dz, classes, scale, *tiles)
+    if out.hidden is not None and d_hidden is not None and d_hidden is not out.hidden:
+        out.hidden.copy_(d_hidden)
     if out.bias is not None and class_sum is not None:
         out.bias.copy_(class_sum if lift is None else class_sum / lift)
 
