@@ -157,9 +157,10 @@ _workspace_limit = 5 * 2**25
 def workspace_limit() -> int:
     """Bytes that a backward on a GPU may use for the gradient of a chunk of logits.
 
-    And distillation, for its blocks. Under ``auto`` the logits that are kept may use as much, and
-    as much again as dH in float32; where they do not fit, every logit is computed. 160 MiB unless
-    :func:`set_workspace_limit` was called.
+    And distillation, for its blocks. Where the classifier's gradient is wanted, and four times as
+    large, they lie in it and a seventh of them is allocated. Where not, the logits that ``auto``
+    keeps may use as much, and as much again as dH in float32; where they do not fit, every logit is
+    computed. 160 MiB unless :func:`set_workspace_limit` was called.
     """
     return _workspace_limit
 
