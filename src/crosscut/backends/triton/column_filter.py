@@ -64,8 +64,9 @@ def filters_columns(problem: HeadProblem) -> bool:
     sparse = problem.options.policy in ("auto", "filtered")
     if not (low_precision and simple and sparse and len(problem.labels)):
         return False
-    # Lists are of int32; the room for pairs is never as large.
-    return token_blocks(problem) * len(problem.classifier) < 2**31
+    pairs, everything = room_for_pairs(problem, lends=False).pairs, token_blocks(problem)
+    everything *= len(problem.classifier)
+    return max(pairs * block_tokens(problem), everything) < 2**31  # lists are of int32
 
 
 def block_tokens(problem: HeadProblem) -> int:

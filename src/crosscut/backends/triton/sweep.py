@@ -138,8 +138,9 @@ def _workspaces(
         for share in (1, MIDDLE):
             dz, scratch = workspace(share, d_classifier)
             last = (scratch.taken_from or 0) // TILE * TILE
-            parts.append((range(first, last), dz))
-            first = last
+            if first < last:  # not so where no chunk is narrower than another
+                parts.append((range(first, last), dz))
+                first = last
     return [*parts, (range(first, num_classes), narrow)]
 
 
