@@ -9,6 +9,10 @@ on the device, and the host never waits.
 **How much.** The tail's mass bounds the error. It may have MAX_TAIL; where it has more, more pairs
 are kept, of the masses that the forward has left (:mod:`crosscut.kernels.kept_pairs`).
 
+**Where.** What is needed before dC is written lies in rows of dC, if it is wanted and has them
+(:mod:`crosscut.kernels.scratch`). The order below keeps to that: rows that lend nothing may be
+written first, and the others when nobody needs what they hold.
+
 **When not.** Where it has more even so, or pairs or entries do not fit, the softmax is too flat to
 leave much out, and every entry is computed: the exact sweep runs after all, decided on the device.
 Where it is not needed its kernels find nothing to do, some microseconds each.
