@@ -33,7 +33,7 @@ PAPER_POLICIES = [policy for policy in POLICIES if policy.startswith("cce")]
 # (N or batch shape, D, V). A block is 1024 tokens x 4096 classes.
 SMALL_SHAPES = [
     (1, 1, 1),
-    (1, 7, 2),
+    (6, 7, 2),
     (5, 3, 1),
     (1, 16, 4097),
     (17, 33, 257),
