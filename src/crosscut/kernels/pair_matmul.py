@@ -19,7 +19,9 @@ column_mass[b, v] C[v]`` and ``w[b] = sum_n x'[n] H[n]`` by block.
 
 **Who owns what.** One program a multiprocessor; program i of P owns tiles i, i + P, ... of the
 result, the same dimensions of all blocks first: what runs at once gathers from few columns of C.
-Every row of dH, and every popular row of dC, is written once. Sums are in one order.
+Every row of dH, and every popular row of dC, is written once. Those of late classes, whose memory
+is still lent (see :mod:`.scratch`), are written beside it, and :func:`late_rows` brings each to its
+place. Sums are in one order.
 
 **Cost.** 2 flop a (pair, token, dimension), for dC also where a block does not keep the class.
 """
