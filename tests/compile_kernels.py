@@ -212,7 +212,7 @@ def launch_filtered(head: Any, tokens: Any, kept: Any, choose: Any) -> None:
     from crosscut.kernels.kept_pairs import kept_pairs
     from crosscut.kernels.linear_lse import Columns, Wanted, linear_lse
     from crosscut.kernels.pair_gradient import pair_gradient, tail_of_tokens
-    from crosscut.kernels.pair_matmul import hidden_rows, late_rows, popular_rows
+    from crosscut.kernels.pair_matmul import hidden_rows, late_rows, popular_head, popular_rows
     from crosscut.kernels.scratch import Scratch
 
     hidden, classifier = head.hidden, head.classifier
@@ -238,14 +238,16 @@ def launch_filtered(head: Any, tokens: Any, kept: Any, choose: Any) -> None:
         num_slots=4 * tiles.block_v, block_slots=tiles.block_v, most_tail=1.0,
         most_popular=v, late_from=v, most_late=0,
     )  # fmt: skip
+    of_popular = torch.empty(v, hidden.shape[1], dtype=hidden.dtype)
+    popular_head(of_popular, classifier, pairs, block_slots=tiles.block_v)
     gradient = pair_gradient(
-        head, tokens, pairs, scratch, tiles, mass_unit=2.0**-12, entry=2.0**-13
+        head, tokens, pairs, of_popular, scratch, tiles, mass_unit=2.0**-12, entry=2.0**-13
     )
     slopes = None if head.softcap is None else (torch.zeros(len(hidden)), kept.rows)
     by_token, by_block = tail_of_tokens(tokens, slopes, pairs, gradient, tiles)
     rows = torch.zeros(blocks, hidden.shape[1])
     hidden_rows(
-        torch.empty_like(hidden), tokens, kept.rows, gradient.dz, classifier, pairs,
+        torch.empty_like(hidden), tokens, kept.rows, gradient.dz, classifier, of_popular, pairs,
         (by_token, rows), scale, choose(Kernel.PAIR_MATMUL, hidden),
     )  # fmt: skip
     tail, out = (mass, by_block), torch.empty_like(classifier)
@@ -254,7 +256,7 @@ def launch_filtered(head: Any, tokens: Any, kept: Any, choose: Any) -> None:
     classifier_rows(out, range(v), tokens, entries, pairs, tail, scale, tiles)
     tiles = choose(Kernel.POPULAR_MATMUL, hidden)
     for late in (None, out):
-        popular_rows(out, late, tokens, gradient.dz, pairs, tail, scale, tiles)
+        popular_rows(out, late, tokens, gradient.dz, pairs, scale, tiles)
     late_rows(out, out, tokens, pairs)
 
 

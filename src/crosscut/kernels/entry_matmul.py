@@ -84,7 +84,6 @@ def list_entries_kernel(
     dz_ptr,
     columns_ptr,
     cell_start_ptr,
-    popular_rank_ptr,
     threshold_ptr,
     before_ptr,  # [slots], entries in earlier slots of the cell
     end_ptr,
@@ -115,7 +114,7 @@ def list_entries_kernel(
     for slot in range(first + tl.program_id(0) * SLOTS, end, stride):
         slots = slot + tl.arange(0, SLOTS)
         classes = tl.load(columns_ptr + slots)
-        mine = (slots < end) & (tl.load(popular_rank_ptr + classes) < 0)
+        mine = slots < end
         block_dz = dz_ptr + tl.cast(slot, tl.int64) * BLOCK_N
         place = tl.arange(0, SLOTS)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         dz = tl.load(block_dz + place)  # [SLOTS, BLOCK_N]
@@ -176,7 +175,7 @@ def list_entries(
     )
     list_entries_kernel[(64, blocks)](
         all_rows, tokens.num_rows, tokens.labels, tokens.vectors, gradient.dz, pairs.columns,
-        pairs.cell_start, pairs.popular_rank, pairs.threshold, before, found.end, found.place,
+        pairs.cell_start, pairs.threshold, before, found.end, found.place,
         found.value, found.num_rows, found.exact_rows, blocks, cells, most, entry,
         CELL=CELL, BLOCK_N=gradient.dz.shape[1], SLOTS=LIST_SLOTS, num_warps=4,
     )  # fmt: skip

@@ -30,7 +30,7 @@ CAN_COMPILE_AHEAD = (
 
 _CHANGING = (
     "num_tokens", "num_labels", "num_rows", "num_blocks", "last_phase", "num_columns", "most_live",
-    "late_from", "most_late",
+    "late_from", "most_late", "most_popular",
     "stride_m", "stride_k", "stride_d_lse", "stride_d_target", "stride_d_sum", "stride_d_entropy",
 )  # fmt: skip
 """Sizes that follow the number of tokens, and strides of what may be expanded. Triton would compile

@@ -1,20 +1,22 @@
 """Gradient of the logits of the kept pairs, and what of the softmax they leave.
 
-For each kept pair (block of BLOCK_N tokens b, class v), see :mod:`.kept_pairs`, its BLOCK_N logits
-are made again, and
+For each kept pair (block of BLOCK_N tokens b, class v), see :mod:`.kept_pairs`, and each popular
+class in all blocks, its BLOCK_N logits are made again, and
 
     dz[slot, n] = (d_lse[n] p[n, v] + d_target[n] [v = y_n]) * slope[n, v]
 
-is stored in the dtype of H, side by side. That is all that dH needs of the kept pairs. dC is made
-of the popular classes' pairs, whole, and of single *entries* of the others: those with
+is stored in the dtype of H, side by side. Rows of C of popular classes lie side by side, and TMA
+loads them; those of the other pairs are gathered. That is all that dH needs of the kept pairs. dC
+is made of the popular classes' pairs, whole, and of single *entries* of the others: those with
 
     |dz| > entry threshold |d_lse|        and every label's,
 
 where ``threshold`` is that of the kept pairs: the flatter the softmax, the smaller what counts.
 
-**Who owns what.** A tile is SLOTS slots of one block. One program a multiprocessor; the first tile
-of every block, then the second of every block, and so on: what runs at once gathers its rows of C
-from one region of the vocabulary, and finds them in the L2 cache.
+**Who owns what.** A tile is SLOTS slots of one block. One program a multiprocessor. First the
+popular classes, all tiles of a block before the next block's. Then the first tile of every block,
+the second of every block, and so on: what runs at once gathers its rows of C from one region of the
+vocabulary, and finds them in the L2 cache.
 
 **The rest.** What is left out has row sums and column sums too; they are what stands for it. Here
 the kept softmax ``slope p`` is summed, tile by tile: over a tile's slots, for each token, of all
@@ -59,10 +61,10 @@ class PairGradient(NamedTuple):
     """
 
     dz: Tensor  # [slots, BLOCK_N]
-    num_entries: Tensor  # [slots] int32; 0 in popular classes
+    num_entries: Tensor  # [slots] int32; undefined in popular classes
     kept_mass: Tensor  # [slot tiles, BLOCK_N]
     entry_mass: Tensor  # [slot tiles, BLOCK_N]
-    rest: Tensor  # [slots], mass of a pair that is in no entry; 0 in popular classes
+    rest: Tensor  # [slots], mass of a pair that is in no entry; undefined in popular classes
 
 
 @triton.jit
@@ -80,10 +82,13 @@ def pair_gradient_kernel(
     labels_ptr,
     vectors_ptr,  # [N, 4]
     classifier_ptr,
+    head_ptr,
+    head_desc,
     bias_ptr,
     columns_ptr,
     cell_start_ptr,
-    popular_rank_ptr,
+    popular_ptr,
+    popular_count_ptr,
     threshold_ptr,
     column_mass_ptr,
     dz_ptr,
@@ -109,78 +114,111 @@ def pair_gradient_kernel(
     num_rows = tl.load(num_rows_ptr)
     entry *= tl.load(threshold_ptr)
     blocks = tl.cdiv(tl.maximum(num_rows, 0), BLOCK_N)
+    num_popular = tl.load(popular_count_ptr)
+    popular_tiles = tl.cdiv(num_popular, SLOTS)
     most_tiles = 0
     for block in range(blocks):
         start = cell_start_ptr + block * (cells + 1)
         pairs = tl.load(start + cells) - tl.load(start)
         most_tiles = tl.maximum(most_tiles, tl.cdiv(pairs, SLOTS))
 
-    for index in range(tl.program_id(0), most_tiles * blocks, tl.num_programs(0)):
-        block = index % blocks
-        first_slot = tl.load(cell_start_ptr + block * (cells + 1)) + index // blocks * SLOTS
-        end_slot = tl.load(cell_start_ptr + block * (cells + 1) + cells)
-        if first_slot < end_slot:
-            slots = first_slot + tl.arange(0, SLOTS)  # [SLOTS]
-            classes = tl.load(columns_ptr + slots)
-            product = class_product_tile(
-                hidden_ptr, hidden_desc, classifier_ptr, block * BLOCK_N, classes, hidden_size,
-                stride_v, stride_d, TILE,
-            )  # fmt: skip
+    programs = tl.num_programs(0)
+    for POPULAR in tl.static_range(1, -1, -1):
+        tiles = (popular_tiles if POPULAR else most_tiles) * blocks
+        first_index = tl.program_id(0)
+        if not POPULAR:  # who had fewer of the popular ones goes first
+            first_index = (first_index + programs - popular_tiles * blocks % programs) % programs
+        for index in range(first_index, tiles, programs):
+            if POPULAR:
+                block = index // popular_tiles
+                first_rank = index % popular_tiles * SLOTS
+                rank = first_rank + tl.arange(0, SLOTS)
+                valid_slots = rank < num_popular
+                slots = rank * num_blocks + block
+                slot_tile = index % popular_tiles * num_blocks + block
+                some = True
+            else:
+                block = index % blocks
+                start = cell_start_ptr + block * (cells + 1)
+                first_slot = tl.load(start) + index // blocks * SLOTS
+                end_slot = tl.load(start + cells)
+                slots = first_slot + tl.arange(0, SLOTS)  # [SLOTS]
+                valid_slots = slots < end_slot
+                slot_tile = first_slot // SLOTS
+                some = first_slot < end_slot
+            if some:
+                if POPULAR:
+                    classes = tl.load(popular_ptr + rank)
+                    product = class_product_tile(
+                        hidden_ptr, hidden_desc, head_ptr, head_desc, block * BLOCK_N, rank,
+                        first_rank, hidden_size, hidden_size, 1, TILE,
+                    )  # fmt: skip
+                else:
+                    classes = tl.load(columns_ptr + slots)
+                    product = class_product_tile(
+                        hidden_ptr, hidden_desc, classifier_ptr, None, block * BLOCK_N, classes, 0,
+                        hidden_size, stride_v, stride_d, TILE,
+                    )  # fmt: skip
 
-            bias = None
-            if bias_ptr is not None:
-                bias = tl.load(bias_ptr + classes).to(tl.float32)[:, None]
-            popular = tl.load(popular_rank_ptr + classes) >= 0
-            count = tl.zeros((SLOTS,), tl.int32)
-            rest = tl.zeros((SLOTS,), tl.float32)
-            for part in tl.static_range(PARTS):
-                tokens = block * BLOCK_N + part * (BLOCK_N // PARTS)
-                tokens += tl.arange(0, BLOCK_N // PARTS)
-                valid = tokens < num_rows
-                vectors = vectors_ptr + tokens * 4
-                lse = tl.load(vectors, mask=valid, other=0.0)
-                d_lse = tl.load(vectors + 1, mask=valid, other=0.0)[None, :]
-                d_target = tl.load(vectors + 2, mask=valid, other=0.0)[None, :]
-                target = tl.load(labels_ptr + tokens, mask=valid, other=-1)
-                z = product  # [SLOTS, BLOCK_N / PARTS]
-                if PARTS > 1:
-                    z = column_part(product, part, PARTS, SLOTS, BLOCK_N)
-                z = logits_of(z, bias, logit_scale, softcap)
-                p = tl.exp2((z - lse[None, :]) * LOG2_E)
-                inside = valid[None, :] & (slots < end_slot)[:, None]
-                p = tl.where(inside, p, 0.0)
-                is_target = (classes[:, None] == target[None, :]) & inside
-                at_target = tl.where(is_target, d_target, 0.0)
-                if softcap is not None:
-                    z *= 1 / softcap
-                    slope = 1 - z * z
-                    at_target *= slope
-                    p *= slope
-                dz = (d_lse * p + at_target).to(dz_ptr.dtype.element_ty)
-                in_block = part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
-                place = slots.to(tl.int64)[:, None] * BLOCK_N + in_block[None, :]
-                tl.store(dz_ptr + place, dz)
+                bias = None
+                if bias_ptr is not None:
+                    bias = tl.load(bias_ptr + classes, mask=valid_slots, other=0.0)
+                    bias = bias.to(tl.float32)[:, None]
+                count = tl.zeros((SLOTS,), tl.int32)
+                rest = tl.zeros((SLOTS,), tl.float32)
+                for part in tl.static_range(PARTS):
+                    tokens = block * BLOCK_N + part * (BLOCK_N // PARTS)
+                    tokens += tl.arange(0, BLOCK_N // PARTS)
+                    valid = tokens < num_rows
+                    vectors = vectors_ptr + tokens * 4
+                    lse = tl.load(vectors, mask=valid, other=0.0)
+                    d_lse = tl.load(vectors + 1, mask=valid, other=0.0)[None, :]
+                    d_target = tl.load(vectors + 2, mask=valid, other=0.0)[None, :]
+                    target = tl.load(labels_ptr + tokens, mask=valid, other=-1)
+                    z = product  # [SLOTS, BLOCK_N / PARTS]
+                    if PARTS > 1:
+                        z = column_part(product, part, PARTS, SLOTS, BLOCK_N)
+                    z = logits_of(z, bias, logit_scale, softcap)
+                    p = tl.exp2((z - lse[None, :]) * LOG2_E)
+                    inside = valid[None, :] & valid_slots[:, None]
+                    p = tl.where(inside, p, 0.0)
+                    is_target = (classes[:, None] == target[None, :]) & inside
+                    at_target = tl.where(is_target, d_target, 0.0)
+                    if softcap is not None:
+                        z *= 1 / softcap
+                        slope = 1 - z * z
+                        at_target *= slope
+                        p *= slope
+                    dz = (d_lse * p + at_target).to(dz_ptr.dtype.element_ty)
+                    in_block = part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
+                    place = slots.to(tl.int64)[:, None] * BLOCK_N + in_block[None, :]
+                    tl.store(dz_ptr + place, dz)
 
-                sums = first_slot // SLOTS * BLOCK_N + in_block
-                tl.store(kept_mass_ptr + sums, tl.sum(p, 0))
-                is_entry = is_entry_of(dz.to(tl.float32), d_lse, is_target, entry)
-                is_entry |= popular[:, None]
-                count += tl.sum(is_entry.to(tl.int32), 1)
-                rest += tl.sum(tl.where(is_entry, 0.0, p), 1)
-                tl.store(entry_mass_ptr + sums, tl.sum(tl.where(is_entry, p, 0.0), 0))
+                    sums = slot_tile * BLOCK_N + in_block
+                    kept = tl.sum(p, 0)
+                    tl.store(kept_mass_ptr + sums, kept)
+                    if POPULAR:
+                        tl.store(entry_mass_ptr + sums, kept)
+                    else:
+                        is_entry = is_entry_of(dz.to(tl.float32), d_lse, is_target, entry)
+                        count += tl.sum(is_entry.to(tl.int32), 1)
+                        rest += tl.sum(tl.where(is_entry, 0.0, p), 1)
+                        tl.store(entry_mass_ptr + sums, tl.sum(tl.where(is_entry, p, 0.0), 0))
 
-            tl.store(num_entries_ptr + slots, tl.where(popular, 0, count))
-            rest /= mass_unit
-            tl.store(rest_ptr + slots, rest)
-            mass = column_mass_ptr + block * tl.cast(num_classes, tl.int64) + classes
-            rest = rest.to(column_mass_ptr.dtype.element_ty)
-            tl.store(mass, rest, mask=slots < end_slot)
+                if not POPULAR:
+                    tl.store(num_entries_ptr + slots, count)
+                    rest /= mass_unit
+                    tl.store(rest_ptr + slots, rest)
+                    mass = column_mass_ptr + block * tl.cast(num_classes, tl.int64) + classes
+                    rest = rest.to(column_mass_ptr.dtype.element_ty)
+                    tl.store(mass, rest, mask=valid_slots)
 
 
 def pair_gradient(
     head: Head,
     tokens: Tokens,
     pairs: KeptPairs,
+    popular_head: Tensor,
     scratch: Scratch,
     tiles: Tiles,
     *,
@@ -194,6 +232,7 @@ def pair_gradient(
         tokens: those that take part, side by side, up to a multiple of BLOCK_N.
         pairs: lists with a multiple of BLOCK_V slots a block; ``pairs.column_mass`` gets the rest
             of each pair whose class is not popular.
+        popular_head: rows of ``head.classifier`` of popular classes, of :func:`popular_head`.
         scratch: where the results go.
         tiles: BLOCK_N tokens x BLOCK_V slots, in steps of BLOCK_D dimensions.
         mass_unit: unit of ``column_mass`` and ``rest``.
@@ -219,10 +258,13 @@ def pair_gradient(
         tokens.labels,
         tokens.vectors,
         head.classifier,
+        popular_head,
+        descriptor(popular_head, (tiles.block_v, tiles.block_d), tiles),
         head.bias,
         pairs.columns,
         pairs.cell_start,
-        pairs.popular_rank,
+        pairs.popular,
+        pairs.popular_count,
         pairs.threshold,
         pairs.column_mass,
         *found,
@@ -250,6 +292,7 @@ def tail_kernel(
     slope_mean_ptr,
     rows_ptr,
     cell_start_ptr,
+    popular_count_ptr,
     tail_ptr,
     kept_mass_ptr,
     entry_mass_ptr,
@@ -274,6 +317,11 @@ def tail_kernel(
     kept = tl.zeros((BLOCK_N,), tl.float32)
     entered = tl.zeros((BLOCK_N,), tl.float32)
     rest = 0.0
+    popular_tiles = tl.where(num_rows < 0, 0, tl.cdiv(tl.load(popular_count_ptr), SLOTS))
+    for index in range(popular_tiles):
+        mass = tl.load(kept_mass_ptr + (index * tl.num_programs(0) + block) * BLOCK_N + in_block)
+        kept += mass
+        entered += mass
     for tile in range(start // SLOTS, start // SLOTS + tl.cdiv(pairs, SLOTS)):
         kept += tl.load(kept_mass_ptr + tile * BLOCK_N + in_block)
         entered += tl.load(entry_mass_ptr + tile * BLOCK_N + in_block)
@@ -323,8 +371,8 @@ def tail_of_tokens(
     by_block = tokens.hidden.new_empty(blocks, hidden_size, dtype=torch.bfloat16)
     tail_kernel[(blocks, triton.cdiv(hidden_size, TAIL_D))](
         tokens.num_rows, tokens.hidden, tokens.vectors, *(slope_mean or (None, None)),
-        pairs.cell_start, pairs.tail, gradient.kept_mass, gradient.entry_mass, gradient.rest,
-        by_token, by_block, cells, hidden_size,
+        pairs.cell_start, pairs.popular_count, pairs.tail, gradient.kept_mass, gradient.entry_mass,
+        gradient.rest, by_token, by_block, cells, hidden_size,
         BLOCK_N=tiles.block_n, SLOTS=tiles.block_v, BLOCK_D=TAIL_D,
     )  # fmt: skip
     return by_token, by_block

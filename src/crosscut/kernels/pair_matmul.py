@@ -1,18 +1,19 @@
 """The products of Algorithm 3 over kept pairs: dH, and the popular classes' rows of dC.
 
-With ``dz`` [slots, BLOCK_N] as :mod:`.pair_gradient` stores it,
+With ``dz`` [slots, BLOCK_N] as :mod:`.pair_gradient` stores it, of popular classes ``dz``
+[popular, N],
 
-    dH[n]   = scale * (sum_slot dz[slot, n] C[columns[slot]]  +  x[n] u[b])      n in block b
-    dC[v]   = scale * sum_b (sum_n dz[slot(b, v), n] H[n]     or  column_mass[b, v] w[b])
+    dH[n]   = scale * (sum_r dz[r, n] head[r] + sum_slot dz[slot, n] C[columns[slot]]  +  x[n] u[b])
+    dC[v]   = scale * sum_n dz[r, n] H[n]                     n in block b, v the r-th popular class
 
-the second term being the tail's: ``x`` [N] what stands for it by token, ``u[b] = sum_v
-column_mass[b, v] C[v]`` and ``w[b] = sum_n x'[n] H[n]`` by block.
+the last term of dH being the tail's: ``x`` [N] what stands for it by token, ``u[b] = sum_v
+column_mass[b, v] C[v]`` by block. A popular class has no tail. ``head`` is :func:`popular_head`'s.
 
-                 C[columns]  [slots of b, D]                     H  [N, D]
+                head, C[columns] [slots of b, D]                H  [N, D]
                 +-----+-----+                                  +-----+-----+
                 |     |#####|  STEP x BLOCK_D                  |     |#####|  STEP x BLOCK_D
                 +-----+-----+                                  +-----+-----+
-    dz^T        dH [block b, D]                 dz[slot(:, v)] dC [popular, D]
+    dz^T        dH [block b, D]                 dz             dC [popular, D]
     +-----+     +-----+-----+                   +-----+-----+  +-----+-----+
     |#####| --> |     |     |                   |#####|     |->|     |     |
     +-----+     +-----+-----+                   +-----+-----+  +-----+-----+
@@ -23,7 +24,7 @@ Every row of dH, and every popular row of dC, is written once. Those of late cla
 is still lent (see :mod:`.scratch`), are written beside it, and :func:`late_rows` brings each to its
 place. Sums are in one order.
 
-**Cost.** 2 flop a (pair, token, dimension), for dC also where a block does not keep the class.
+**Cost.** 2 flop a (pair, token, dimension).
 """
 
 from __future__ import annotations
@@ -33,8 +34,37 @@ from torch import Tensor
 
 from crosscut.kernels.kept_pairs import KeptPairs
 from crosscut.kernels.launch import kernel
+from crosscut.kernels.move_rows import move_to
 from crosscut.kernels.softmax_gradient import Tokens
 from crosscut.kernels.tiles import Tiles, column_part, descriptor, dot_tile, num_programs
+
+
+@kernel
+def popular_head_kernel(
+    popular_ptr, popular_count_ptr, classifier_ptr, out_ptr, hidden_size, stride_v, stride_d,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Program i owns every num_programs(0)-th ROWS rows."""
+    count = tl.cdiv(tl.load(popular_count_ptr), SLOTS) * SLOTS
+    for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
+        rows = first + tl.arange(0, ROWS)
+        classes = tl.load(popular_ptr + rows).to(tl.int64)
+        move_to(
+            out_ptr, rows.to(tl.int64), count, classifier_ptr, classes, None, hidden_size,
+            stride_v, stride_d, BLOCK_D,
+        )  # fmt: skip
+
+
+def popular_head(out: Tensor, classifier: Tensor, pairs: KeptPairs, *, block_slots: int) -> Tensor:
+    """Rows of ``classifier`` [V, D] of popular classes, into ``out`` [len(popular), D]; returns it.
+
+    And zeros up to a multiple of ``block_slots`` rows.
+    """
+    popular_head_kernel[(8 * num_programs(out.device),)](
+        pairs.popular, pairs.popular_count, classifier, out, out.shape[1], *classifier.stride(),
+        SLOTS=block_slots, ROWS=8, BLOCK_D=256,
+    )  # fmt: skip
+    return out
 
 
 @kernel
@@ -42,14 +72,19 @@ def hidden_rows_kernel(
     num_rows_ptr,
     rows_ptr,
     dz_ptr,
-    dz_desc,
+    dz_desc,  # [slots, BLOCK_N]
+    popular_dz_desc,  # [popular, blocks * BLOCK_N]
+    head_ptr,
+    head_desc,
     classifier_ptr,
     columns_ptr,
     cell_start_ptr,
+    popular_count_ptr,
     tail_ptr,  # [N]
     tail_row_ptr,  # [blocks, D]
     scale_ptr,
     out_ptr,
+    num_blocks,
     cells,
     hidden_size,
     stride_v,
@@ -63,20 +98,34 @@ def hidden_rows_kernel(
     num_rows = tl.load(num_rows_ptr)
     blocks = tl.cdiv(tl.maximum(num_rows, 0), BLOCK_N)
     d_tiles = tl.cdiv(hidden_size, BLOCK_D)
+    num_popular = tl.load(popular_count_ptr)
+    in_block = tl.arange(0, BLOCK_N)
     for index in range(tl.program_id(0), blocks * d_tiles, tl.num_programs(0)):
         block = index % blocks
-        d = index // blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+        first_d = index // blocks * BLOCK_D
+        d = first_d + tl.arange(0, BLOCK_D)
         d_inside = (d < hidden_size)[None, :]
         start = tl.load(cell_start_ptr + block * (cells + 1))
         end = tl.load(cell_start_ptr + block * (cells + 1) + cells)
         total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        for first in range(0, num_popular, STEP):
+            rank = (first + tl.arange(0, STEP)).to(tl.int64)[:, None]
+            if popular_dz_desc is not None:
+                dz = popular_dz_desc.load([first, block * BLOCK_N])
+            else:
+                dz = tl.load(dz_ptr + (rank * num_blocks + block) * BLOCK_N + in_block[None, :])
+            if head_desc is not None:
+                c = head_desc.load([first, first_d])
+            else:
+                place = head_ptr + rank * hidden_size + d[None, :]
+                c = tl.load(place, mask=d_inside, other=0.0)  # [STEP, BLOCK_D]
+            total = dot_tile(dz.T, c, total, PRECISION)
         classifier_columns = classifier_ptr + d.to(tl.int64)[None, :] * stride_d
         for slot in range(start, end, STEP):
             slots = slot + tl.arange(0, STEP)
             if dz_desc is not None:
                 dz = dz_desc.load([slot, 0])
             else:
-                in_block = tl.arange(0, BLOCK_N)
                 dz = tl.load(dz_ptr + slots.to(tl.int64)[:, None] * BLOCK_N + in_block[None, :])
             classes = tl.load(columns_ptr + slots).to(tl.int64)
             place = classifier_columns + classes[:, None] * stride_v
@@ -88,7 +137,7 @@ def hidden_rows_kernel(
         rows = tl.load(rows_ptr + tokens, mask=valid, other=0).to(tl.int64)
         tail = tl.load(tail_ptr + tokens)
         for part in tl.static_range(4):
-            d = index // blocks * BLOCK_D + part * (BLOCK_D // 4) + tl.arange(0, BLOCK_D // 4)
+            d = first_d + part * (BLOCK_D // 4) + tl.arange(0, BLOCK_D // 4)
             d_inside = d < hidden_size
             value = column_part(total, part, 4, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D / 4]
             tail_row = tl.load(tail_row_ptr + block * hidden_size + d, mask=d_inside, other=0.0)
@@ -104,6 +153,7 @@ def hidden_rows(
     rows: Tensor,
     dz: Tensor,
     classifier: Tensor,
+    popular_head: Tensor,
     pairs: KeptPairs,
     tail: tuple[Tensor, Tensor],
     scale: Tensor,
@@ -117,6 +167,7 @@ def hidden_rows(
         rows: their positions, [N] int32.
         dz: [slots, BLOCK_N], zeros in the padding.
         classifier: [V, D].
+        popular_head: its rows of popular classes.
         pairs: the lists; a block's slots are a multiple of BLOCK_D (the step).
         tail: [N] float32 by token and [blocks, D] float32 by block.
         scale: [1] float32.
@@ -127,12 +178,17 @@ def hidden_rows(
         rows,
         dz,
         descriptor(dz, (tiles.block_d, tiles.block_n), tiles),
+        descriptor(popular_dz(dz, pairs), (tiles.block_d, tiles.block_n), tiles),
+        popular_head,
+        descriptor(popular_head, (tiles.block_d, tiles.block_v), tiles),
         classifier,
         pairs.columns,
         pairs.cell_start,
+        pairs.popular_count,
         *tail,
         scale,
         out,
+        len(pairs.tail),
         pairs.cell_start.shape[1] - 1,
         out.shape[1],
         *classifier.stride(),
@@ -142,23 +198,25 @@ def hidden_rows(
     )
 
 
+def popular_dz(dz: Tensor, pairs: KeptPairs) -> Tensor:
+    """That of popular classes, of ``dz`` [slots, BLOCK_N]: [popular and more, blocks * BLOCK_N]."""
+    blocks = len(pairs.tail)
+    return dz[: len(dz) // blocks * blocks].view(-1, blocks * dz.shape[1])
+
+
 @kernel
 def popular_rows_kernel(
     num_rows_ptr,
     hidden_ptr,
     hidden_desc,
-    dz_ptr,
+    dz_ptr,  # [popular, tokens]
+    dz_desc,
     popular_ptr,
     popular_count_ptr,
-    popular_slot_ptr,
-    column_mass_ptr,
-    tail_row_ptr,  # [blocks, D]
     scale_ptr,
     out_ptr,
     late_ptr,
-    most_popular,
-    num_blocks,
-    num_classes,
+    num_tokens,
     hidden_size,
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
@@ -167,44 +225,32 @@ def popular_rows_kernel(
     BLOCK_D: tl.constexpr = TILE[1]
     STEP: tl.constexpr = TILE[2]
     PRECISION: tl.constexpr = TILE[3]
-    STEPS: tl.constexpr = BLOCK_N // STEP
     num_rows = tl.load(num_rows_ptr)
-    blocks = tl.cdiv(tl.maximum(num_rows, 0), BLOCK_N)
+    tokens = tl.cdiv(tl.maximum(num_rows, 0), BLOCK_N) * BLOCK_N
     d_tiles = tl.cdiv(hidden_size, BLOCK_D)
     count = tl.load(popular_count_ptr)
     tiles = tl.where(num_rows < 0, 0, tl.cdiv(count, BLOCK_V) * d_tiles)
     for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        rank = index // d_tiles * BLOCK_V + tl.arange(0, BLOCK_V)
+        first_rank = index // d_tiles * BLOCK_V
+        rank = first_rank + tl.arange(0, BLOCK_V)
         first_d = index % d_tiles * BLOCK_D
         d = first_d + tl.arange(0, BLOCK_D)
-        classes = tl.load(popular_ptr + rank, mask=rank < count, other=0).to(tl.int64)
         total = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
-        for step in range(0, blocks * STEPS):
-            block = step // STEPS
-            slot = tl.load(
-                popular_slot_ptr + block * most_popular + rank, mask=rank < count, other=-1
-            )
-            in_block = step % STEPS * STEP + tl.arange(0, STEP)
-            place = dz_ptr + slot.to(tl.int64)[:, None] * BLOCK_N + in_block[None, :]
-            dz = tl.load(place, mask=(slot >= 0)[:, None], other=0.0)  # [BLOCK_V, STEP]
-            if hidden_desc is not None:
-                h = hidden_desc.load([step * STEP, first_d])
+        for first in range(0, tokens, STEP):
+            token = first + tl.arange(0, STEP)
+            if dz_desc is not None:
+                dz = dz_desc.load([first_rank, first])
             else:
-                place = hidden_ptr + (step * STEP + tl.arange(0, STEP)).to(tl.int64)[:, None] * (
-                    hidden_size
-                )
-                h = tl.load(place + d[None, :], mask=(d < hidden_size)[None, :], other=0.0)
+                place = dz_ptr + rank.to(tl.int64)[:, None] * num_tokens + token[None, :]
+                dz = tl.load(place, mask=(rank < count)[:, None], other=0.0)  # [BLOCK_V, STEP]
+            if hidden_desc is not None:
+                h = hidden_desc.load([first, first_d])
+            else:
+                place = hidden_ptr + token.to(tl.int64)[:, None] * hidden_size + d[None, :]
+                h = tl.load(place, mask=(d < hidden_size)[None, :], other=0.0)
             total = dot_tile(dz, h, total, PRECISION)
-        for first in range(0, num_blocks, STEP):
-            block = first + tl.arange(0, STEP)
-            place = column_mass_ptr + block.to(tl.int64)[None, :] * num_classes + classes[:, None]
-            inside = (block < num_blocks)[None, :] & (rank < count)[:, None]
-            mass = tl.load(place, mask=inside, other=0.0)  # [BLOCK_V, STEP]
-            place = tail_row_ptr + block[:, None] * hidden_size + d[None, :]
-            inside = (block < num_blocks)[:, None] & (d < hidden_size)[None, :]
-            row = tl.load(place, mask=inside, other=0.0)  # [STEP, BLOCK_D]
-            total = dot_tile(mass, row, total, PRECISION)
 
+        classes = tl.load(popular_ptr + rank, mask=rank < count, other=0).to(tl.int64)
         for part in tl.static_range(4):
             d = first_d + part * (BLOCK_D // 4) + tl.arange(0, BLOCK_D // 4)
             value = column_part(total, part, 4, BLOCK_V, BLOCK_D) * tl.load(scale_ptr)
@@ -249,7 +295,6 @@ def popular_rows(
     tokens: Tokens,
     dz: Tensor,
     pairs: KeptPairs,
-    tail: tuple[Tensor, Tensor],
     scale: Tensor,
     tiles: Tiles,
 ) -> None:
@@ -262,25 +307,23 @@ def popular_rows(
         tokens: those that take part, zeros up to a multiple of BLOCK_N.
         dz: [slots, BLOCK_N].
         pairs: the lists.
-        tail: column masses [blocks, V] and rows ``w`` [blocks, D], both bfloat16.
         scale: [1] float32.
         tiles: BLOCK_N classes x BLOCK_V dimensions, in steps of BLOCK_D tokens.
     """
+    of_popular = popular_dz(dz, pairs)
     popular_rows_kernel[(num_programs(out.device),)](
         tokens.num_rows,
         tokens.hidden,
         descriptor(tokens.hidden, (tiles.block_d, tiles.block_v), tiles),
-        dz,
+        of_popular,
+        descriptor(of_popular, (tiles.block_n, tiles.block_d), tiles),
         pairs.popular,
         pairs.popular_count,
-        pairs.popular_slot,
-        *tail,
         scale,
         out,
         late,
-        len(pairs.popular),
-        len(tail[0]),
-        *out.shape,
+        of_popular.shape[1],
+        out.shape[1],
         BLOCK_N=dz.shape[1],
         TILE=tiles.constants,
         num_warps=tiles.num_warps,

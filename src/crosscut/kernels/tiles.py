@@ -125,7 +125,7 @@ def table(
     if kernel == Kernel.PAIRS and capability >= (10, 0):
         return tiles(128, 128, 64, 8, 3, descriptors=True)
     if kernel == Kernel.PAIR_MATMUL and capability >= (9, 0):
-        return tiles(128, 256, 128, 8, 2, descriptors=True)
+        return tiles(128, 256, 64, 8, 3, descriptors=True)
     if kernel in (Kernel.DIVERGENCE, Kernel.DIVERGENCE_GRADIENT):
         if capability >= (9, 0):
             return tiles(128, 128, 64, 8, 4, descriptors=True)
@@ -310,8 +310,10 @@ def class_product_tile(
     hidden_ptr,
     hidden_desc,
     classifier_ptr,
+    classifier_desc,  # None: the classes are gathered
     first_row,
     classes,  # [BLOCK_V]
+    first_class,
     hidden_size,
     stride_v,
     stride_d,
@@ -332,8 +334,11 @@ def class_product_tile(
     product = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)
     for start in range(0, hidden_size, BLOCK_D):
         inside = offsets < hidden_size - start
-        d = (start + offsets).to(tl.int64)[None, :] * stride_d
-        c = tl.load(classifier_rows + d, mask=inside[None, :], other=0.0)
+        if classifier_desc is None:
+            d = (start + offsets).to(tl.int64)[None, :] * stride_d
+            c = tl.load(classifier_rows + d, mask=inside[None, :], other=0.0)
+        else:
+            c = classifier_desc.load([first_class, start])
         if hidden_desc is None:
             h = tl.load(hidden_tile + start, mask=inside[None, :], other=0.0)
         else:

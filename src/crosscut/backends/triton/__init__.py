@@ -31,6 +31,7 @@ from crosscut.backends.triton.column_filter import (
     block_tokens,
     filters_columns,
     mass_unit,
+    popular_classes,
     room_for_pairs,
     token_blocks,
 )
@@ -122,13 +123,16 @@ class TritonBackend:
             return 1.0, 0.0
         masses = masses[: math.ceil(num_rows / block_tokens(problem))]
         auto, unit = problem.options.policy == "auto", mass_unit(masses.shape[1])
+        room = room_for_pairs(problem, lends=True)
         for threshold in THRESHOLDS:
-            in_tail = masses < threshold
-            kept = masses.numel() - int(in_tail.sum())
-            tail = masses[in_tail].sum(dtype=torch.float32).item() * unit / num_rows
-            if tail <= MAX_TAIL or not auto:
-                fits = kept <= room_for_pairs(problem, lends=True).pairs
-                return (kept / masses.numel(), tail) if fits else (1.0, 0.0)
+            left_out = masses < threshold
+            if auto and _sum(masses[left_out]) * unit > MAX_TAIL * num_rows:
+                continue
+            left_out[:, popular_classes(~left_out, room)] = False
+            kept = masses.numel() - int(left_out.sum())
+            if kept > room.pairs:
+                break
+            return kept / masses.numel(), _sum(masses[left_out]) * unit / num_rows
         return 1.0, 0.0
 
     def why_not_distil(self, problem: DistillationProblem) -> str | None:
@@ -161,6 +165,10 @@ def _on(problem: HeadProblem) -> AbstractContextManager[object]:
     """Launches go to the current device: make it the problem's."""
     device = problem.hidden.device
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _sum(masses: Tensor) -> float:
+    return masses.sum(dtype=torch.float32).item()
 
 
 def _interpreted() -> bool:

@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from crosscut.backends.protocol import HeadProblem
 from crosscut.options import workspace_limit
@@ -19,8 +20,8 @@ MOST_KEPT = 9 * 2**10
 ENTRIES_PER_TOKEN = 256
 """Entries of dC that there is room for."""
 
-MOST_POPULAR = 2**15
-"""Classes whose rows of dC may be made from whole blocks."""
+POPULAR_BYTES = 3 * 2**25
+"""Room for rows of C of popular classes; a quarter of it where dC lends none."""
 
 MOST_LENT = 0.75
 """Of the rows of dC: how many at most lend their memory."""
@@ -83,7 +84,9 @@ class Room(NamedTuple):
     """For the kept pairs."""
 
     pairs: int  # how many
+    popular: int  # how many popular classes
     lent_from: int  # the first class whose row of dC lends its memory; V if none does
+    late: int  # how many popular classes from there on
 
 
 def room_for_pairs(problem: HeadProblem, *, lends: bool) -> Room:
@@ -94,19 +97,34 @@ def room_for_pairs(problem: HeadProblem, *, lends: bool) -> Room:
     have ``workspace_limit()`` and dH in float32, or MOST_KEPT a block.
     """
     blocks, num_classes = token_blocks(problem), len(problem.classifier)
+    row_bytes = problem.classifier.shape[1] * problem.classifier.element_size()
+
+    def popular(num_bytes: int) -> int:
+        return min(math.ceil(num_classes / 8), num_bytes // row_bytes)
+
     if not blocks:
-        return Room(0, num_classes)
+        return Room(0, 0, num_classes, 0)
     dz_bytes = block_tokens(problem) * problem.hidden.element_size()
     most = min(blocks * (num_classes // 4), 2**31 // dz_bytes)
     own = min((workspace_limit() + 4 * problem.hidden.numel()) // dz_bytes, most)
     own = min(max(own, MOST_KEPT * blocks), blocks * num_classes)
 
-    row_bytes = problem.classifier.shape[1] * problem.classifier.element_size()
     lent = int(MOST_LENT * num_classes) * row_bytes
-    popular = min(MOST_POPULAR, num_classes)
-    lists = blocks * (num_classes * 9 // 4 + 4 * popular + 2**17)  # and the tail's masses
+    most_popular = popular(POPULAR_BYTES)
+    lists = blocks * (num_classes * 9 // 4 + 2**17)  # and the tail's masses
+    lists += most_popular * row_bytes
     pair_bytes = dz_bytes + 24
     pairs = min((lent - lists) // pair_bytes, most)
     if not lends or pairs < own:
-        return Room(own, num_classes)
-    return Room(pairs, num_classes - math.ceil((lists + pairs * pair_bytes) / row_bytes))
+        return Room(own, popular(POPULAR_BYTES // 4), num_classes, 0)
+    lent_from = num_classes - math.ceil((lists + pairs * pair_bytes) / row_bytes)
+    late = min(num_classes - lent_from, LATE_BYTES // row_bytes)
+    return Room(pairs, most_popular, lent_from, late)
+
+
+def popular_classes(kept: Tensor, room: Room) -> Tensor:
+    """The popular classes, those that at least half of the blocks keep, of ``kept`` [blocks, V]."""
+    by = kept.sum(0)
+    popular = ((2 * by >= len(kept)) & (by > 0)).nonzero()[:, 0]
+    early = int((popular < room.lent_from).sum())
+    return popular[: min(early + room.late, room.popular)]

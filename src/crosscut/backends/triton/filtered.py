@@ -29,9 +29,7 @@ from torch import Tensor
 from crosscut.backends.protocol import Gradients, HeadProblem, Statistics
 from crosscut.backends.triton.column_filter import (
     ENTRIES_PER_TOKEN,
-    LATE_BYTES,
     MAX_TAIL,
-    MOST_POPULAR,
     entry_above,
     mass_unit,
     room_for_pairs,
@@ -41,7 +39,7 @@ from crosscut.kernels.entry_matmul import classifier_rows, list_entries
 from crosscut.kernels.kept_pairs import CELL, kept_pairs
 from crosscut.kernels.launch import like_or
 from crosscut.kernels.pair_gradient import pair_gradient, tail_of_tokens
-from crosscut.kernels.pair_matmul import hidden_rows, late_rows, popular_rows
+from crosscut.kernels.pair_matmul import hidden_rows, late_rows, popular_head, popular_rows
 from crosscut.kernels.scratch import Scratch
 from crosscut.kernels.tiles import Head, Kernel, choose_tiles
 
@@ -72,12 +70,11 @@ def _from_kept_pairs(
     blocks, num_classes = statistics.column_mass.shape
     unit, entry = mass_unit(num_classes), entry_above(len(hidden))
     room = room_for_pairs(problem, lends=out.classifier is not None)
-    slots = (math.ceil(room.pairs / tiles.block_v) + blocks) * tiles.block_v
+    slots = (math.ceil(room.pairs / tiles.block_v) + 2 * blocks) * tiles.block_v
     scratch = Scratch(hidden.device, out.classifier, room.lent_from)
     late = None
-    if out.classifier is not None and room.lent_from < num_classes:
-        most_late = min(num_classes - room.lent_from, LATE_BYTES // classifier[0].nbytes)
-        late = torch.empty_like(out.classifier[:most_late])
+    if out.classifier is not None and room.late:
+        late = torch.empty_like(out.classifier[: room.late])
     # First of all: what is scratch for the longest. The rows before it can be written meanwhile.
     in_dc = scratch if statistics.column_mass.nbytes > _LITTLE else Scratch(hidden.device)
     tail_mass = in_dc.new(blocks, num_classes, dtype=statistics.column_mass.dtype)
@@ -86,21 +83,25 @@ def _from_kept_pairs(
         statistics.column_mass, kept.count, tail_mass, scratch,
         block_n=tiles.block_n, num_slots=slots, block_slots=tiles.block_v,
         most_tail=MAX_TAIL / unit if problem.options.policy == "auto" else _ANY_TAIL,
-        most_popular=min(MOST_POPULAR, num_classes),
-        late_from=room.lent_from, most_late=0 if late is None else len(late),
+        most_popular=room.popular,
+        late_from=room.lent_from, most_late=room.late,
     )  # fmt: skip
     exact_rows = pairs.exact_rows
     tokens = tokens._replace(num_rows=pairs.num_rows)
 
     by_block = _product(tail_mass, classifier) if out.hidden is not None else None  # [blocks, D]
-    gradient = pair_gradient(head, tokens, pairs, scratch, tiles, mass_unit=unit, entry=entry)
+    of_popular = scratch.new(len(pairs.popular), classifier.shape[1], dtype=classifier.dtype)
+    popular_head(of_popular, classifier, pairs, block_slots=tiles.block_v)
+    gradient = pair_gradient(
+        head, tokens, pairs, of_popular, scratch, tiles, mass_unit=unit, entry=entry
+    )
     slope_mean = None
     if problem.options.softcap is not None:
         slope_mean = statistics.tail_mass, kept.rows
     x, rows = tail_of_tokens(tokens, slope_mean, pairs, gradient, tiles)
     if out.hidden is not None and by_block is not None:
         hidden_rows(
-            out.hidden, tokens, kept.rows, gradient.dz, classifier, pairs,
+            out.hidden, tokens, kept.rows, gradient.dz, classifier, of_popular, pairs,
             (x, by_block), scale, choose_tiles(Kernel.PAIR_MATMUL, hidden),
         )  # fmt: skip
     if out.classifier is not None:
@@ -109,8 +110,7 @@ def _from_kept_pairs(
         exact_rows = entries.exact_rows
         tokens = tokens._replace(num_rows=entries.num_rows)
         tiles = choose_tiles(Kernel.POPULAR_MATMUL, hidden)
-        tail = tail_mass, rows
-        popular_rows(out.classifier, late, tokens, gradient.dz, pairs, tail, scale, tiles)
+        popular_rows(out.classifier, late, tokens, gradient.dz, pairs, scale, tiles)
         # From here on nothing in dC is wanted but the tail's masses.
         tiles = choose_tiles(Kernel.ENTRY_MATMUL, hidden)
         of_last = tail_mass[:, before_tail:]
