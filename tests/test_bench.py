@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -116,6 +117,7 @@ def test_the_gate_lets_right_answers_in() -> None:
     assert names == ["right", "crosscut-auto", "crosscut-filtered"]
     for row in result.rows[:3]:
         assert len(row.forward_s) == len(row.forward_backward_s) == 2
+        assert row.host is None  # on a CPU it is the same
         assert row.peak_extra_bytes is not None
     assert result.rows[1].kept == 1.0
 
@@ -248,6 +250,17 @@ def test_the_meter_sees_every_byte() -> None:
         assert measure.peak_bytes(work, before.device) == 3_000_000
 
 
+def test_gradients_are_not_added_to_older_ones() -> None:
+    """Else what is timed is an addition too, three times as many bytes as dC has."""
+    subject = measure.Subject(contenders.everyone()["pytorch"].build(), small())
+    found = []
+    for _ in range(2):
+        subject.forward_backward()
+        assert subject.classifier.grad is not None
+        found.append(subject.classifier.grad.clone())
+    assert torch.equal(*found)
+
+
 def test_the_meter_tells_stored_logits_from_none() -> None:
     workload = small(name="random:N=512,D=16,V=20000")
     found = {}
@@ -284,6 +297,16 @@ def test_json_round_trip(tmp_path: Path) -> None:
     assert results.load(tmp_path / "result.json") == result
     assert result.machine.torch == torch.__version__
     assert result.command == "test"
+
+
+def test_results_from_before_host_times(tmp_path: Path) -> None:
+    result, path = bench(contender("right", plain)), tmp_path / "result.json"
+    results.save(result, path)
+    data = json.loads(path.read_text())
+    for row in data["rows"]:
+        del row["host_s"]
+    path.write_text(json.dumps(data))
+    assert results.load(path) == result
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 99}'])

@@ -6,6 +6,8 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,13 @@ import torch.nn.functional as F
 
 pytest.importorskip("typer")
 
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from crosscut import cli
-from crosscut.bench import contenders, measure
+from crosscut.bench import contenders, measure, report, results
 from crosscut.bench.contenders import Contender, Grade
+from crosscut.bench.results import BenchResult, Errors
 
 SMALL = ["bench", "--workload", "random:N=16,D=8,V=60", "--device", "cpu", "--repeats", "1"]
 
@@ -76,6 +80,52 @@ def test_bench_then_report(tmp_path: Path) -> None:
         "logits matmul alone", "**crosscut-auto**", "**crosscut-filtered**", "pytorch"
     ]  # fmt: skip
     assert "Not run: " in table
+
+
+def with_host_times(path: Path, **seconds: list[float]) -> BenchResult:
+    """A saved result in which some contenders, by policy, have host times."""
+    result = results.load(path)
+    rows = (
+        replace(row, host_s=tuple(seconds.get(row.contender.removeprefix("crosscut-"), ())))
+        for row in result.rows
+    )
+    return replace(result, rows=tuple(rows))
+
+
+def test_host_times_have_a_column_where_there_are_any(tmp_path: Path) -> None:
+    saved = tmp_path / "run.json"
+    crosscut(*SMALL, "--dtype", "fp32", "--against", "pytorch", "--json", str(saved))
+    without = crosscut("report", str(saved)).output
+    assert "host" not in without
+
+    result = with_host_times(saved, auto=[0.001, 0.00412, 0.2], pytorch=[0.1234])
+    results.save(result, saved)
+    assert results.load(saved) == result
+    lines = crosscut("report", str(saved)).output.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines if line.startswith("|")]
+    place = rows[0].index("host, ms")
+    assert [row[place] for row in rows[2:]] == ["", "4.1", "", "123"]
+    others = [[cell for i, cell in enumerate(row) if i != place] for row in rows]
+    before = [line.split("|") for line in without.splitlines() if line.startswith("|")]
+    assert others == [[cell.strip() for cell in row] for row in before]
+    assert any(line.startswith("Median times of the GPU") for line in lines)
+
+
+def test_the_table_fits_80_columns(tmp_path: Path) -> None:
+    saved = tmp_path / "run.json"
+    crosscut(*SMALL, "--against", "none", "--json", str(saved))
+    result = with_host_times(saved, auto=[0.0041])
+    widest = replace(
+        result.rows[0],
+        contender="cut-cross-entropy", forward_s=(0.0198,), forward_backward_s=(0.0711,),
+        peak_extra_bytes=10_839 * 2**20, kept=0.025,
+        errors=Errors(loss=0, d_hidden=1.6e-2, d_classifier=1e-2),
+    )  # fmt: skip
+    console = Console(width=80, file=StringIO())
+    with console.capture() as captured:
+        console.print(report.table(replace(result, matmul_s=(0.0146,), rows=(widest,))))
+    (line,) = (line for line in captured.get().splitlines() if "cut-cross-entropy" in line)
+    assert "  4.1 10,839 " in line
 
 
 def test_plot(tmp_path: Path) -> None:
@@ -137,11 +187,11 @@ def test_report_of_something_else(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])  # a GPU need not be here
 def test_explain(device: str) -> None:
-    results: list[Result] = []
+    said: list[Result] = []
     peak = measure.peak_bytes(
-        lambda: results.append(crosscut("explain", "--device", device)), torch.device("cpu")
+        lambda: said.append(crosscut("explain", "--device", device)), torch.device("cpu")
     )
-    (result,) = results
+    (result,) = said
     assert result.exit_code == 0, result.output
     assert f"N=8192, D=2304, V=256000, bf16 on {device}" in words(result)
     assert re.search(r"> \w+ +can serve this", result.output)

@@ -6,8 +6,16 @@ wrong answer has no speed. NaN passes nowhere.
 
 **Clock.** Median of the repeats of a forward without gradients, and of a forward and backward with
 both. The contenders take turns, so that a slow minute of the machine hits all of them, and have
-run before. On CUDA, events, right after a while of the same work, which sets the GPU's clock and
-lets the host launch ahead of it, and with the L2 cache flushed.
+run before. On CUDA that is the GPU's part, between two events: first the same work runs for a
+while, which sets the GPU's clock; then a kernel that only counts cycles holds the GPU until the
+host has launched all of a call, as in a training step whose host is ahead; then the same work runs
+once more, and the L2 cache is flushed. Whether the host was ahead is checked; if not, the GPU is
+held twice as long, and again. A call that waits for the GPU is never ahead: it is timed with its
+waits. There are no gradients before a call, as after ``zero_grad()``.
+
+Where the host is not ahead its own time counts. So it is measured too, on CUDA: how long a forward
+and backward keeps the host busy, from an idle GPU until the call returns. Where a call waits for
+the GPU, or launches more than the GPU's queue holds, the wait is part of it.
 
 **Memory.** The peak of PyTorch's own allocator over the forward and backward of the gate, less the
 two gradients that must be there in the end. On the CPU that is what its profiler says of every
@@ -16,6 +24,7 @@ allocation; scratch space inside a BLAS library is not part of it, on any device
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
@@ -44,6 +53,12 @@ _L2_FLUSH_BYTES = 256 * 2**20
 
 _WARM_UP_SECONDS = 0.1
 """How long a GPU runs the same work before it is timed: its clock depends on what ran before."""
+
+_LEAD_SECONDS = 0.012
+"""How long a GPU is held before it is timed: for two calls of some milliseconds of the host."""
+
+_TRIES = 3
+"""How often a call is timed at most, each time with twice the lead, until the host was ahead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +115,8 @@ class Subject:
             return self.loss_function(self.hidden, self.classifier, self.labels)
 
     def forward_backward(self) -> Tensor:
-        """The loss, and gradients left in ``hidden.grad`` and ``classifier.grad``."""
+        """The loss, and gradients left in ``hidden.grad`` and ``classifier.grad``, not added."""
+        self.forget_gradients()
         loss = self.loss_function(self.hidden, self.classifier, self.labels)
         loss.backward()
         return loss.detach()
@@ -133,23 +149,68 @@ def _poison(*like: Tensor) -> None:
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """How long one call takes, from its start until its results are there."""
+    """How long one call takes, from its start until its results are there.
+
+    On CUDA the GPU's part of it, with the host ahead.
+    """
     if device.type != "cuda":
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
+        return _until_return(work)
     start = time.perf_counter()
     while time.perf_counter() - start < _WARM_UP_SECONDS:
         work()
         torch.cuda.synchronize(device)
-    work()  # while this runs the host gets ahead, as it does in a training
+    taken = math.nan
+    for doublings in range(_TRIES):
+        taken, ahead = _seconds_behind(_LEAD_SECONDS * 2**doublings, work, device)
+        if ahead:
+            break
+    return taken
+
+
+def host_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """How long one call keeps the host busy on CUDA, until it returns."""
+    torch.cuda.synchronize(device)
+    taken = _until_return(work)
+    torch.cuda.synchronize(device)
+    return taken
+
+
+def _until_return(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _seconds_behind(
+    lead: float, work: Callable[[], object], device: torch.device
+) -> tuple[float, bool]:
+    """The GPU's seconds for the second of two calls, queued while it is held for ``lead`` seconds.
+
+    And whether the host was ahead: had launched the call before the GPU got to it.
+    """
+    torch.cuda._sleep(math.ceil(lead * _cycles_per_second(device)))
+    work()
     torch.empty(_L2_FLUSH_BYTES, dtype=torch.uint8, device=device).zero_()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     work()
     end.record()
+    ahead = not begin.query()
     torch.cuda.synchronize(device)
-    return begin.elapsed_time(end) / 1000
+    return begin.elapsed_time(end) / 1000, ahead
+
+
+@functools.cache
+def _cycles_per_second(device: torch.device) -> float:
+    """How fast the GPU counts in :func:`torch.cuda._sleep`."""
+    cycles = 10**7
+    torch.cuda._sleep(cycles)  # loads the kernel
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    torch.cuda._sleep(cycles)
+    end.record()
+    torch.cuda.synchronize(device)
+    return cycles / (begin.elapsed_time(end) / 1000)
 
 
 def logits_matmul(workload: Workload) -> Callable[[], object]:

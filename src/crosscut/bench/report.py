@@ -6,6 +6,7 @@ looks as it did when it was measured.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ _HEADINGS = (
     "forward + backward",
     "÷ matmul",
     "÷ pytorch",
+    "host, ms",
     "peak extra memory",
     "error dH",
     "error dC",
@@ -35,11 +37,13 @@ _SHORT_HEADINGS = (
     "with\nbackward",
     "÷\nmatmul",
     "÷\npytorch",
+    "host\nms",
     "extra\nMiB",
     "error\ndH",
     "error\ndC",
     "kept",
 )
+_HOST = _HEADINGS.index("host, ms")
 
 
 def title(result: BenchResult) -> str:
@@ -57,8 +61,8 @@ def title(result: BenchResult) -> str:
 
 def table(result: BenchResult) -> RenderableType:
     """For the terminal: 80 columns are enough for the contenders that run by default."""
-    grid = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline")
-    for number, heading in enumerate(_SHORT_HEADINGS):
+    grid = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold underline")
+    for number, heading in enumerate(_shown(result, _SHORT_HEADINGS)):
         grid.add_column(heading, justify="right" if number else "left", overflow="fold")
     if result.matmul is not None:
         grid.add_row("(logits matmul)", seconds(result.matmul), style="dim")
@@ -82,9 +86,10 @@ def table(result: BenchResult) -> RenderableType:
 
 def markdown(result: BenchResult) -> str:
     """For a README: a table, and below it what was not run."""
-    lines = ["| " + " | ".join(_HEADINGS) + " |", "|---" + "|---:" * (len(_HEADINGS) - 1) + "|"]
+    headings = _shown(result, _HEADINGS)
+    lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
     if result.matmul is not None:
-        blank = [""] * (len(_HEADINGS) - 2)
+        blank = [""] * (len(headings) - 2)
         cells = ["logits matmul alone", seconds(result.matmul), *blank]
         lines.append("| " + " | ".join(cells) + " |")
     for row in _measured(result):
@@ -101,8 +106,14 @@ def markdown(result: BenchResult) -> str:
 
 def notes(result: BenchResult) -> list[str]:
     """What the columns mean, and what to keep in mind."""
+    times = "Median times."
+    if _has_host_times(result):
+        times = (
+            "Median times of the GPU, with the host ahead; host: how long forward and backward "
+            "keep the host busy."
+        )
     lines = [
-        "Median times. Memory beyond inputs and the two gradients. Errors are relative to a truth "
+        f"{times} Memory beyond inputs and the two gradients. Errors are relative to a truth "
         "of higher precision; plain PyTorch's in this dtype: "
         f"dH {_power(result.yardstick.d_hidden)}, dC {_power(result.yardstick.d_classifier)}.",
     ]
@@ -177,17 +188,37 @@ def _ours(row: Row) -> bool:
 def _cells(result: BenchResult, row: Row) -> list[str]:
     plain = next((r.forward_backward for r in result.rows if r.contender == "pytorch"), None)
     peak, errors = row.peak_extra_bytes, row.errors
-    return [
+    cells = (
         row.contender,
         seconds(row.forward),
         seconds(row.forward_backward),
         _ratio(row.forward_backward, result.matmul),
         _ratio(row.forward_backward, plain),
+        _milliseconds(row.host),
         "" if peak is None else f"{peak / 2**20:,.0f} MiB",
         "" if errors is None else _power(errors.d_hidden),
         "" if errors is None else _power(errors.d_classifier),
         "" if row.kept is None else f"{row.kept:.1%}",
+    )
+    return _shown(result, cells)
+
+
+def _shown(result: BenchResult, columns: Sequence[str]) -> list[str]:
+    """All columns, or all but the host's time where no contender has one."""
+    return [
+        column for place, column in enumerate(columns) if place != _HOST or _has_host_times(result)
     ]
+
+
+def _has_host_times(result: BenchResult) -> bool:
+    return any(row.host is not None for row in result.rows)
+
+
+def _milliseconds(value: float | None) -> str:
+    """Two digits, or all before the point."""
+    if value is None:
+        return ""
+    return f"{value * 1000:.2g}" if value < 0.01 else f"{value * 1000:.0f}"
 
 
 def _ratio(value: float | None, unit: float | None) -> str:

@@ -42,6 +42,8 @@ class Row:
         allowed: what these may be.
         forward_s: seconds of each repeat, loss only, without gradients.
         forward_backward_s: seconds of each repeat, loss and both gradients.
+        host_s: seconds of each repeat that loss and both gradients keep the host busy, on a GPU;
+            empty on a CPU, where they are the same.
         peak_extra_bytes: peak memory of loss and gradients, beyond inputs and gradients.
         kept: share of the (token, class) pairs whose gradient was computed, where known.
         tail: mean softmax mass of a token in the other pairs, where known.
@@ -56,6 +58,7 @@ class Row:
     allowed: Errors | None = None
     forward_s: tuple[float, ...] = ()
     forward_backward_s: tuple[float, ...] = ()
+    host_s: tuple[float, ...] = ()
     peak_extra_bytes: int | None = None
     kept: float | None = None
     tail: float | None = None
@@ -69,6 +72,11 @@ class Row:
     def forward_backward(self) -> float | None:
         """Median seconds of a forward and backward."""
         return median(self.forward_backward_s) if self.forward_backward_s else None
+
+    @property
+    def host(self) -> float | None:
+        """Median seconds that a forward and backward keeps the host busy, None on a CPU."""
+        return median(self.host_s) if self.host_s else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +170,8 @@ def load(path: Path) -> BenchResult:
 def _row(data: dict[str, Any]) -> Row:
     for name in ("errors", "allowed"):
         data[name] = None if data[name] is None else Errors(**data[name])
-    for name in ("forward_s", "forward_backward_s"):
-        data[name] = tuple(data[name])
+    for name in ("forward_s", "forward_backward_s", "host_s"):
+        data[name] = tuple(data.get(name, ()))  # older files have no host_s
     return Row(**data)
 
 

@@ -75,6 +75,7 @@ def run(workload: Workload, plan: Plan, progress: Progress) -> BenchResult:
                     row,
                     forward_s=tuple(times.forward.get(name, ())),
                     forward_backward_s=tuple(times.forward_backward.get(name, ())),
+                    host_s=tuple(times.host.get(name, ())),
                 )
                 for name, row in rows.items()
             ),
@@ -136,6 +137,7 @@ class _Times:
     matmul: tuple[float, ...]
     forward: dict[str, list[float]]
     forward_backward: dict[str, list[float]]
+    host: dict[str, list[float]]
 
 
 def _clock(
@@ -147,6 +149,7 @@ def _clock(
     matmul()
     forward: dict[str, list[float]] = {name: [] for name in subjects}
     forward_backward: dict[str, list[float]] = {name: [] for name in subjects}
+    host: dict[str, list[float]] = {name: [] for name in subjects}
     with progress.stage("timing", repeats * (1 + len(subjects))) as step, _no_collector():
         for _ in range(repeats):
             matmul_s.append(measure.seconds(matmul, device))
@@ -154,9 +157,13 @@ def _clock(
             for name, subject in subjects.items():
                 forward[name].append(measure.seconds(subject.forward, device))
                 forward_backward[name].append(measure.seconds(subject.forward_backward, device))
+                if device.type == "cuda":
+                    host[name].append(measure.host_seconds(subject.forward_backward, device))
                 subject.forget_gradients()
                 step(name)
-    return _Times(matmul=tuple(matmul_s), forward=forward, forward_backward=forward_backward)
+    return _Times(
+        matmul=tuple(matmul_s), forward=forward, forward_backward=forward_backward, host=host
+    )
 
 
 @contextmanager
