@@ -4,7 +4,8 @@
 
 A head is MODEL:TOKENS, of one model's logits, in bfloat16, as in ``crosscut bench``. Loss and both
 gradients are captured once and replayed into memory that held NaN; what comes must be, bit by bit,
-what the same call gives without a graph. Times are medians, over that of the bare logits matmul.
+what the same call gives without a graph. Times are medians, over that of the bare logits matmul: of
+the GPU with the host ahead, and from an idle GPU until the result is there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import json
 import math
 import shlex
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -50,16 +53,29 @@ def replayed(workload: workloads.Workload) -> dict[str, Any]:
     if not all(torch.equal(one, other) for one, other in zip(found, right, strict=True)):
         raise SystemExit(f"{workload.name}: the graph computes something else")
     del right
-    ways = {
-        "matmul_s": measure.logits_matmul(workload), "call_s": call, "replay_s": graph.replay,
-    }  # fmt: skip
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    ways = {"matmul": measure.logits_matmul(workload), "call": call, "replay": graph.replay}
+    times: dict[str, list[float]] = {}
     for _ in range(REPEATS):
         for name, work in ways.items():
-            times[name].append(measure.seconds(work, hidden.device))
+            taken = measure.seconds(work, hidden.device)
+            times.setdefault(f"{name}_s", []).append(taken)
+            times.setdefault(f"{name}_from_idle_s", []).append(from_idle(work))
     row = {name: median(values) for name, values in times.items()}
-    ratios = {name: row[f"{name}_s"] / row["matmul_s"] for name in ("call", "replay")}
-    return row | {f"{name}_over_matmul": ratio for name, ratio in ratios.items()}
+    ratios = {
+        name.replace("_s", "_over_matmul"): seconds / row["matmul_s"]
+        for name, seconds in row.items()
+        if not name.startswith("matmul")
+    }
+    return row | ratios
+
+
+def from_idle(work: Callable[[], object]) -> float:
+    """Seconds from an idle GPU until the result of a call is there."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def main(out: str, *wanted: str) -> None:

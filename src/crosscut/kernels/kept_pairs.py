@@ -50,7 +50,7 @@ CELL = 64
 
 COUNT_CELLS, LIST_CELLS = 2, 32
 PLACE_CELLS = 8192
-SURVEY_CLASSES, SURVEYORS = 128, 256
+SURVEY_CLASSES, SURVEYORS = 128, 512
 
 THRESHOLDS = (1.0, 0.5, 0.25, 0.125)
 """Of ``column_mass``: from which mass on a pair may be kept. Each half of the one before."""
@@ -90,7 +90,7 @@ def survey_kernel(
     Bit i of ``is_popular`` [V] int8 is for threshold i.
     """
     LEVELS: tl.constexpr = len(THRESHOLDS)
-    ROWS: tl.constexpr = 32
+    ROWS: tl.constexpr = 16
     tl.static_assert(LEVELS == 4)  # a byte each of ``counts``
     blocks = tl.cdiv(tl.load(num_rows_ptr), BLOCK_N)
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -359,7 +359,7 @@ def kept_pairs(
     range_popular = new(len(THRESHOLDS), surveyors)
     survey_kernel[(surveyors,)](
         column_mass, num_rows, tails, range_popular, is_popular, blocks, num_classes, range_classes,
-        BLOCK_N=block_n, CLASSES=SURVEY_CLASSES, THRESHOLDS=THRESHOLDS, num_warps=8,
+        BLOCK_N=block_n, CLASSES=SURVEY_CLASSES, THRESHOLDS=THRESHOLDS,
     )  # fmt: skip
     count_pairs_kernel[(chunks,)](
         column_mass, num_rows, tails, range_popular, is_popular, pairs.threshold, count,

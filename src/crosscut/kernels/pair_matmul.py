@@ -19,10 +19,11 @@ column_mass[b, v] C[v]`` by block. A popular class has no tail. ``head`` is :fun
     +-----+     +-----+-----+                   +-----+-----+  +-----+-----+
 
 **Who owns what.** One program a multiprocessor; program i of P owns tiles i, i + P, ... of the
-result, the same dimensions of all blocks first: what runs at once gathers from few columns of C.
-Every row of dH, and every popular row of dC, is written once. Those of late classes, whose memory
-is still lent (see :mod:`.scratch`), are written beside it, and :func:`late_rows` brings each to its
-place. Sums are in one order.
+result: of dH the same D_GROUP tiles of dimensions for all blocks, then the next. What runs at once
+gathers from few columns of C, and dz comes from memory once a group. Every row of dH, and every
+popular row of dC, is written once. Those of late classes, whose memory is still lent (see
+:mod:`.scratch`), are written beside it, and :func:`late_rows` brings each to its place. Sums are in
+one order.
 
 **Cost.** 2 flop a (pair, token, dimension).
 """
@@ -37,6 +38,9 @@ from crosscut.kernels.launch import kernel
 from crosscut.kernels.move_rows import move_to
 from crosscut.kernels.softmax_gradient import Tokens
 from crosscut.kernels.tiles import Tiles, column_part, descriptor, dot_tile, num_programs
+
+D_GROUP = tl.constexpr(4)
+"""Tiles of dimensions that are worked on at a time."""
 
 
 @kernel
@@ -101,8 +105,10 @@ def hidden_rows_kernel(
     num_popular = tl.load(popular_count_ptr)
     in_block = tl.arange(0, BLOCK_N)
     for index in range(tl.program_id(0), blocks * d_tiles, tl.num_programs(0)):
-        block = index % blocks
-        first_d = index // blocks * BLOCK_D
+        group = index // (blocks * D_GROUP) * D_GROUP
+        width = tl.minimum(d_tiles - group, D_GROUP)
+        block = (index - group * blocks) // width
+        first_d = (group + (index - group * blocks) % width) * BLOCK_D
         d = first_d + tl.arange(0, BLOCK_D)
         d_inside = (d < hidden_size)[None, :]
         start = tl.load(cell_start_ptr + block * (cells + 1))
