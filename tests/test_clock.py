@@ -26,7 +26,7 @@ class FakeGpu:
         self.leads: list[float] = []
         self.needed = needed
         monkeypatch.setattr(measure, "_WARM_UP_SECONDS", 0.0)
-        monkeypatch.setattr(measure, "_LEAD_SECONDS", 0.008)
+        monkeypatch.setattr(measure, "_LEADS", (0.0, 0.008, 0.016))
         monkeypatch.setattr(measure, "_seconds_behind", self.seconds_behind)
 
     def seconds_behind(self, lead: float, work: object, device: object) -> tuple[float, bool]:
@@ -36,15 +36,15 @@ class FakeGpu:
 
 @pytest.mark.parametrize(
     ("needed", "leads"),
-    [(0.001, [0.008]), (0.030, [0.008, 0.016, 0.032]), (9.000, [0.008, 0.016, 0.032])],
+    [(0.000, [0.0]), (0.010, [0.0, 0.008, 0.016]), (9.000, [0.0, 0.008, 0.016])],
     ids=["ahead", "not at once", "never"],
 )
-def test_the_lead_is_doubled_until_the_host_is_ahead(
+def test_the_gpu_is_held_until_the_host_is_ahead(
     needed: float, leads: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = FakeGpu(monkeypatch, needed)
     assert measure.seconds(lambda: None, CUDA) == 1.0 + gpu.leads[-1]
-    assert gpu.leads == pytest.approx(leads)
+    assert gpu.leads == leads
 
 
 @on_gpu

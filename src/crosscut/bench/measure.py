@@ -7,11 +7,11 @@ wrong answer has no speed. NaN passes nowhere.
 **Clock.** Median of the repeats of a forward without gradients, and of a forward and backward with
 both. The contenders take turns, so that a slow minute of the machine hits all of them, and have
 run before. On CUDA that is the GPU's part, between two events: first the same work runs for a
-while, which sets the GPU's clock; then a kernel that only counts cycles holds the GPU until the
-host has launched all of a call, as in a training step whose host is ahead; then the same work runs
-once more, and the L2 cache is flushed. Whether the host was ahead is checked; if not, the GPU is
-held twice as long, and again. A call that waits for the GPU is never ahead: it is timed with its
-waits. There are no gradients before a call, as after ``zero_grad()``.
+while, which sets the GPU's clock, and once more while the host launches the call ahead of it, as in
+a training step; before the call the L2 cache is flushed. Whether the host was ahead is checked. If
+it was not, a kernel that only counts cycles holds the GPU before all this, for longer and longer. A
+call that waits for the GPU is never ahead: it is timed with its waits. There are no gradients
+before a call, as after ``zero_grad()``.
 
 Where the host is not ahead its own time counts. So it is measured too, on CUDA: how long a forward
 and backward keeps the host busy, from an idle GPU until the call returns. Where a call waits for
@@ -54,11 +54,9 @@ _L2_FLUSH_BYTES = 256 * 2**20
 _WARM_UP_SECONDS = 0.1
 """How long a GPU runs the same work before it is timed: its clock depends on what ran before."""
 
-_LEAD_SECONDS = 0.012
-"""How long a GPU is held before it is timed: for two calls of some milliseconds of the host."""
-
-_TRIES = 3
-"""How often a call is timed at most, each time with twice the lead, until the host was ahead."""
+_LEADS = (0.0, 0.012, 0.024, 0.048)
+"""Seconds that the GPU is held before a call, until the host was ahead. A GPU that has rested is
+faster: longer than needed it is not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +158,8 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
         work()
         torch.cuda.synchronize(device)
     taken = math.nan
-    for doublings in range(_TRIES):
-        taken, ahead = _seconds_behind(_LEAD_SECONDS * 2**doublings, work, device)
+    for lead in _LEADS:
+        taken, ahead = _seconds_behind(lead, work, device)
         if ahead:
             break
     return taken
@@ -188,7 +186,8 @@ def _seconds_behind(
 
     And whether the host was ahead: had launched the call before the GPU got to it.
     """
-    torch.cuda._sleep(math.ceil(lead * _cycles_per_second(device)))
+    if lead:
+        torch.cuda._sleep(math.ceil(lead * _cycles_per_second(device)))
     work()
     torch.empty(_L2_FLUSH_BYTES, dtype=torch.uint8, device=device).zero_()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -21,7 +21,7 @@ ENTRIES_PER_TOKEN = 256
 """Entries of dC that there is room for."""
 
 POPULAR_BYTES = 3 * 2**25
-"""Room for rows of C of popular classes; a quarter of it where dC lends none."""
+"""Room for rows of C of popular classes; half of it where dC lends none."""
 
 MOST_LENT = 0.75
 """Of the rows of dC: how many at most lend their memory."""
@@ -116,7 +116,7 @@ def room_for_pairs(problem: HeadProblem, *, lends: bool) -> Room:
     pair_bytes = dz_bytes + 24
     pairs = min((lent - lists) // pair_bytes, most)
     if not lends or pairs < own:
-        return Room(own, popular(POPULAR_BYTES // 4), num_classes, 0)
+        return Room(own, popular(POPULAR_BYTES // 2), num_classes, 0)
     lent_from = num_classes - math.ceil((lists + pairs * pair_bytes) / row_bytes)
     late = min(num_classes - lent_from, LATE_BYTES // row_bytes)
     return Room(pairs, most_popular, lent_from, late)
