@@ -218,7 +218,7 @@ def pair_gradient(
     head: Head,
     tokens: Tokens,
     pairs: KeptPairs,
-    popular_head: Tensor,
+    of_popular: Tensor,
     scratch: Scratch,
     tiles: Tiles,
     *,
@@ -232,7 +232,8 @@ def pair_gradient(
         tokens: those that take part, side by side, up to a multiple of BLOCK_N.
         pairs: lists with a multiple of BLOCK_V slots a block; ``pairs.column_mass`` gets the rest
             of each pair whose class is not popular.
-        popular_head: rows of ``head.classifier`` of popular classes, of :func:`popular_head`.
+        of_popular: rows of ``head.classifier`` of popular classes, side by side, zeros in the
+            padding.
         scratch: where the results go.
         tiles: BLOCK_N tokens x BLOCK_V slots, in steps of BLOCK_D dimensions.
         mass_unit: unit of ``column_mass`` and ``rest``.
@@ -258,8 +259,8 @@ def pair_gradient(
         tokens.labels,
         tokens.vectors,
         head.classifier,
-        popular_head,
-        descriptor(popular_head, (tiles.block_v, tiles.block_d), tiles),
+        of_popular,
+        descriptor(of_popular, (tiles.block_v, tiles.block_d), tiles),
         head.bias,
         pairs.columns,
         pairs.cell_start,

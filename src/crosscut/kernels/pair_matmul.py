@@ -59,16 +59,15 @@ def popular_head_kernel(
         )  # fmt: skip
 
 
-def popular_head(out: Tensor, classifier: Tensor, pairs: KeptPairs, *, block_slots: int) -> Tensor:
-    """Rows of ``classifier`` [V, D] of popular classes, into ``out`` [len(popular), D]; returns it.
+def popular_head(out: Tensor, classifier: Tensor, pairs: KeptPairs, *, block_slots: int) -> None:
+    """Fill ``out`` [len(popular), D] with rows of ``classifier`` [V, D], those of popular classes.
 
-    And zeros up to a multiple of ``block_slots`` rows.
+    And zeros up to a multiple of ``block_slots`` rows; anything beyond.
     """
     popular_head_kernel[(8 * num_programs(out.device),)](
         pairs.popular, pairs.popular_count, classifier, out, out.shape[1], *classifier.stride(),
         SLOTS=block_slots, ROWS=8, BLOCK_D=256,
     )  # fmt: skip
-    return out
 
 
 @kernel
@@ -159,7 +158,7 @@ def hidden_rows(
     rows: Tensor,
     dz: Tensor,
     classifier: Tensor,
-    popular_head: Tensor,
+    of_popular: Tensor,
     pairs: KeptPairs,
     tail: tuple[Tensor, Tensor],
     scale: Tensor,
@@ -173,7 +172,7 @@ def hidden_rows(
         rows: their positions, [N] int32.
         dz: [slots, BLOCK_N], zeros in the padding.
         classifier: [V, D].
-        popular_head: its rows of popular classes.
+        of_popular: its rows of popular classes, of :func:`popular_head`.
         pairs: the lists; a block's slots are a multiple of BLOCK_D (the step).
         tail: [N] float32 by token and [blocks, D] float32 by block.
         scale: [1] float32.
@@ -185,8 +184,8 @@ def hidden_rows(
         dz,
         descriptor(dz, (tiles.block_d, tiles.block_n), tiles),
         descriptor(popular_dz(dz, pairs), (tiles.block_d, tiles.block_n), tiles),
-        popular_head,
-        descriptor(popular_head, (tiles.block_d, tiles.block_v), tiles),
+        of_popular,
+        descriptor(of_popular, (tiles.block_d, tiles.block_v), tiles),
         classifier,
         pairs.columns,
         pairs.cell_start,
@@ -316,19 +315,19 @@ def popular_rows(
         scale: [1] float32.
         tiles: BLOCK_N classes x BLOCK_V dimensions, in steps of BLOCK_D tokens.
     """
-    of_popular = popular_dz(dz, pairs)
+    matrix = popular_dz(dz, pairs)
     popular_rows_kernel[(num_programs(out.device),)](
         tokens.num_rows,
         tokens.hidden,
         descriptor(tokens.hidden, (tiles.block_d, tiles.block_v), tiles),
-        of_popular,
-        descriptor(of_popular, (tiles.block_n, tiles.block_d), tiles),
+        matrix,
+        descriptor(matrix, (tiles.block_n, tiles.block_d), tiles),
         pairs.popular,
         pairs.popular_count,
         scale,
         out,
         late,
-        of_popular.shape[1],
+        matrix.shape[1],
         out.shape[1],
         BLOCK_N=dz.shape[1],
         TILE=tiles.constants,
