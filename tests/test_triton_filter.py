@@ -87,6 +87,21 @@ def test_the_tail_keeps_the_sums_of_the_softmax(drop_below):
     assert d_weight.sum(0).norm() <= rounding(torch.bfloat16) * sizes
 
 
+@pytest.mark.parametrize("ignored", [0.0, 0.4])
+@pytest.mark.parametrize("shape", [(50, 37, 900), (33, 330, 300)], ids=str)
+def test_more_than_one_tile(shape, ignored, drop_below):
+    """Of popular classes, or of dimensions that are worked on together; TMA loads none of them."""
+    drop_below(2.0**-9)
+    head = peaked(shape, ignored=ignored)
+    assert kept(head, policy="filtered") < 1
+    true = outcome(reference.linear_cross_entropy, head.double())
+    theirs = outcome(reference.linear_cross_entropy, head)
+    found = ours(head, policy="filtered")
+    for which in ("d_input", "d_weight"):
+        exact = getattr(true, which)
+        assert error(getattr(found, which), exact) <= error(getattr(theirs, which), exact)
+
+
 @pytest.mark.parametrize("rows", [slice(0, 3), slice(99, 100)], ids=["popular", "rare"])
 def test_rows_of_popular_and_of_other_classes(rows, drop_below):
     """A class kept by most blocks, and one kept by a single block, are made by two kernels."""

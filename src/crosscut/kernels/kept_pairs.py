@@ -62,7 +62,7 @@ class KeptPairs(NamedTuple):
     All are scratch but for ``column_mass``, ``popular``, ``popular_rank`` and single numbers.
     """
 
-    columns: Tensor  # [slots] int32; 0 in the padding
+    columns: Tensor  # [slots] int32; 0 in the padding, undefined in slots of popular classes
     cell_start: Tensor  # [blocks, cells + 1] int32
     column_mass: Tensor  # [blocks, V], 0 in place of pairs that are kept, and of no tokens
     tail: Tensor  # [blocks] float32, sums of ``column_mass``

@@ -57,14 +57,15 @@ TAIL_D = 128
 class PairGradient(NamedTuple):
     """dz of the kept pairs, and sums of the kept softmax by tile of slots. Float32 but for dz.
 
-    All are scratch.
+    All are scratch. Of popular classes, where all of a pair is entries, there are ``dz`` and the two
+    masses, which are equal.
     """
 
     dz: Tensor  # [slots, BLOCK_N]
-    num_entries: Tensor  # [slots] int32; undefined in popular classes
+    num_entries: Tensor  # [slots] int32
     kept_mass: Tensor  # [slot tiles, BLOCK_N]
     entry_mass: Tensor  # [slot tiles, BLOCK_N]
-    rest: Tensor  # [slots], mass of a pair that is in no entry; undefined in popular classes
+    rest: Tensor  # [slots], mass of a pair that is in no entry
 
 
 @triton.jit

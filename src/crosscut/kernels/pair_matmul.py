@@ -221,7 +221,7 @@ def popular_rows_kernel(
     scale_ptr,
     out_ptr,
     late_ptr,
-    num_tokens,
+    num_blocks,
     hidden_size,
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
@@ -246,8 +246,10 @@ def popular_rows_kernel(
             if dz_desc is not None:
                 dz = dz_desc.load([first_rank, first])
             else:
-                place = dz_ptr + rank.to(tl.int64)[:, None] * num_tokens + token[None, :]
-                dz = tl.load(place, mask=(rank < count)[:, None], other=0.0)  # [BLOCK_V, STEP]
+                row = rank.to(tl.int64)[:, None] * num_blocks * BLOCK_N
+                dz = tl.load(
+                    dz_ptr + row + token[None, :], mask=(rank < count)[:, None], other=0.0
+                )  # [BLOCK_V, STEP]
             if hidden_desc is not None:
                 h = hidden_desc.load([first, first_d])
             else:
@@ -327,7 +329,7 @@ def popular_rows(
         scale,
         out,
         late,
-        matrix.shape[1],
+        len(pairs.tail),
         out.shape[1],
         BLOCK_N=dz.shape[1],
         TILE=tiles.constants,

@@ -128,9 +128,11 @@ class TritonBackend:
             left_out = masses < threshold
             if auto and _sum(masses[left_out]) * unit > MAX_TAIL * num_rows:
                 continue
-            left_out[:, popular_classes(~left_out, room)] = False
+            popular = popular_classes(~left_out, room)
+            left_out[:, popular] = False
             kept = masses.numel() - int(left_out.sum())
-            if kept > room.pairs:
+            unused = len(statistics.column_mass) - len(masses)  # popular classes are there too
+            if kept + unused * len(popular) > room.pairs:
                 break
             return kept / masses.numel(), _sum(masses[left_out]) * unit / num_rows
         return 1.0, 0.0
