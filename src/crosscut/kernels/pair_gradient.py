@@ -57,8 +57,8 @@ TAIL_D = 128
 class PairGradient(NamedTuple):
     """dz of the kept pairs, and sums of the kept softmax by tile of slots. Float32 but for dz.
 
-    All are scratch. Of popular classes, where all of a pair is entries, there are ``dz`` and the two
-    masses, which are equal.
+    All are scratch. Of popular classes, where all of a pair is entries, there are ``dz`` and the
+    two masses, which are equal.
     """
 
     dz: Tensor  # [slots, BLOCK_N]
