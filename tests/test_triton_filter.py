@@ -182,6 +182,23 @@ def test_pairs_that_do_not_fit_get_the_exact_gradient(monkeypatch):
     assert not torch.equal(filtered.d_weight, ours(head).d_weight)
 
 
+@pytest.mark.parametrize(("pairs", "fits"), [(1500, False), (6000, True)])
+def test_popular_classes_count_in_blocks_of_ignored_tokens(monkeypatch, drop_below, pairs, fits):
+    from crosscut.backends import triton
+    from crosscut.backends.triton import filtered
+    from crosscut.backends.triton.column_filter import Room
+
+    drop_below(2.0**-7)
+    head = peaked((160, 32, 3000))
+    head.target[16:] = -100  # one block in ten has a token
+    for module in (triton, filtered):
+        room = Room(pairs, 375, 3000, 0)
+        monkeypatch.setattr(module, "room_for_pairs", lambda problem, lends, room=room: room)
+    assert (kept(head, policy="filtered") < 1) == fits
+    exact = ours(head, policy="exact")
+    assert torch.equal(ours(head, policy="filtered").d_weight, exact.d_weight) != fits
+
+
 def test_lists_in_rows_of_the_gradient(monkeypatch, drop_below):
     """The same bits as with memory of their own; and every row is written in the end."""
     from crosscut.backends.triton import filtered

@@ -109,8 +109,8 @@ def notes(result: BenchResult) -> list[str]:
     times = "Median times."
     if _has_host_times(result):
         times = (
-            "Median times of the GPU, with the host ahead; host: how long forward and backward "
-            "keep the host busy."
+            "Median times of the GPU, with the host ahead unless a call waits for the GPU; host: "
+            "how long forward and backward keep the host busy."
         )
     lines = [
         f"{times} Memory beyond inputs and the two gradients. Errors are relative to a truth "
