@@ -78,6 +78,12 @@ def compiled(arguments: list[str]) -> None:
     tool("python", "tests/huggingface_compiled.py", *arguments)
 
 
+def fuzz(arguments: list[str]) -> None:
+    """Ten thousand random problems against float64. Arguments go to the fuzzer: try --help."""
+    setup([])
+    tool("python", "tests/fuzz", *arguments)
+
+
 def lint(_: list[str]) -> None:
     """Style, types, and the direction of imports."""
     setup([])
@@ -107,7 +113,7 @@ def clean(_: list[str]) -> None:
 
 
 TASKS: tuple[Callable[[list[str]], None], ...] = (
-    setup, bench, test, coverage, compiled, lint, fix, clean,
+    setup, bench, test, coverage, compiled, fuzz, lint, fix, clean,
 )  # fmt: skip
 
 

@@ -12,27 +12,11 @@ from typing import Any, NamedTuple
 import hypothesis
 import pytest
 import torch
+from interpreter import round_to_bfloat16
 from judging import Head, make_head
 from torch import Tensor
 
 from crosscut import backends
-
-
-def _round_to_bfloat16() -> None:
-    """Make Triton's interpreter round to bfloat16 as a GPU does; by itself it truncates."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    truncate = interpreter._convert_float
-
-    def convert(data: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
-        if source == tl.float32 and target == tl.bfloat16:
-            # Truncation leaves these values as they are.
-            data = torch.from_numpy(data).bfloat16().float().numpy()
-        return truncate(data, source, target, rounding_mode)
-
-    interpreter._convert_float = convert
-
 
 INTERPRETED = find_spec("triton") is not None and not torch.cuda.is_available()
 """Whether Triton's kernels run in its interpreter: slowly, and without a GPU."""
@@ -54,7 +38,7 @@ DEVICES = [
 
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
-    _round_to_bfloat16()
+    round_to_bfloat16()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a process a core: more threads would wait for each other, spinning
