@@ -19,6 +19,10 @@ needs_gpu = (
 )
 
 
+# Triton's interpreter computes in NumPy, which warns of what overflows.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")
+
+
 def wrong(mode: str, problems: int, run) -> list[str]:
     """What is wrong with the first problems of a mode."""
     found = []
@@ -38,7 +42,7 @@ def wrong(mode: str, problems: int, run) -> list[str]:
     ("mode", "problems"),
     [
         ("blocks", 250),
-        pytest.param("interpreter", 20, marks=needs_interpreter),
+        pytest.param("interpreter", 15, marks=needs_interpreter),
         pytest.param("cuda", 500, marks=needs_gpu),
     ],
 )

@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 Class = tuple[str, str, str]
 """Of what is wrong: program, dtype, kind."""
+
+
+LONGEST = 3000
+"""Characters of a problem that is printed."""
 
 
 def main() -> int:
@@ -36,6 +41,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.mode == "interpreter":
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
+        warnings.simplefilter("ignore")  # it computes in NumPy, which warns of what overflows
         from interpreter import round_to_bfloat16
 
         round_to_bfloat16()
@@ -73,7 +79,11 @@ def run(options: argparse.Namespace) -> int:
                 detail = next(
                     (v.detail for v in judgements(small, runs) if v.kind == violation.kind), ""
                 )
-                _say(f"{small.snippet(mode.backend, mode.device)}\n# {violation.kind}: {detail}\n")
+                snippet = small.snippet(mode.backend, mode.device)
+                if len(snippet) > LONGEST:
+                    snippet = f"python tests/fuzz --mode {options.mode} --seed {options.seed}"
+                    snippet += f" --first {number} --problems 1"
+                _say(f"{snippet}\n# {violation.kind}: {detail}\n")
     seconds = time.monotonic() - began
     _say(f"{options.problems} problems in {seconds:.0f} s, {wrong} of them wrong")
     for name, count in sorted(counts.items()):

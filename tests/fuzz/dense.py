@@ -16,25 +16,25 @@ from fuzz.problem import Problem
 from fuzz.rounding import Arithmetic
 
 
-def evaluate(problem: Problem, draws: int, *, low: torch.dtype | None = None) -> dict[str, Tensor]:
+def evaluate(
+    problem: Problem, draws: int, *, low: torch.dtype | None = None, seed: int = 0
+) -> dict[str, Tensor]:
     """All that a call and its backward give, ``draws`` times, the first time exactly.
 
     Args:
         problem: what to compute.
         draws: how many evaluations.
         low: dtype of the matmuls whose rounding is to be explained; that of the problem if None.
+        seed: of the rounding.
 
     Returns:
         Value and gradients by name, ``[draws, ...]``, in the shapes of the problem's tensors.
     """
-    arithmetic = Arithmetic(low or problem.low, draws)
+    arithmetic = Arithmetic(low or problem.low, draws, seed)
     tensors = {}
     leaves = problem.leaves if "upstream" in problem.tensors else []
-    for name, values in problem.tensors.items():
-        wide = values
-        if values.is_floating_point() and name != "upstream":
-            cast = problem.autocast and name not in ("weight", "token_weight", *_STORED)
-            wide = (values.bfloat16() if cast else values).double()
+    for name, values in problem.cast().items():
+        wide = values.double() if values.is_floating_point() else values
         if name in leaves:
             wide = wide.expand(draws, *wide.shape).clone().requires_grad_()
         tensors[name] = wide
@@ -54,10 +54,6 @@ def evaluate(problem: Problem, draws: int, *, low: torch.dtype | None = None) ->
             rounds = name in ("linear_bias", "token_weight")
             of[f"d_{name}"] = arithmetic.rounded(grad, dtype) if rounds else grad
     return of
-
-
-_STORED = ("teacher_prob", "reference", "advantage")
-"""Tensors that are not the heads', and so not autocast's."""
 
 
 def _takes_part(problem: Problem) -> Tensor:
@@ -139,7 +135,7 @@ class _Dense:
         highest = z.detach().amax(-1, keepdim=True)
         highest = torch.where(highest.isfinite(), highest, 0)
         below = a.wide(z - highest)
-        mass = a.sum(a.wide(below.exp()))
+        mass = a.sum(a.exp(below))
         log_mass = a.wide(mass.log())
         return a.wide(below - log_mass[..., None])
 
@@ -161,7 +157,7 @@ class _Dense:
     def _entropy(self, log_p: Tensor) -> Tensor:
         possible = log_p > -math.inf
         log_p = torch.where(possible, log_p, 0)
-        p = torch.where(possible, self.a.wide(log_p.exp()), 0)
+        p = torch.where(possible, self.a.exp(log_p), 0)
         return -self.a.sum(self.a.wide(p * log_p))
 
     def _cross_entropy(self, z: Tensor) -> Tensor:
@@ -206,7 +202,7 @@ class _Dense:
         teacher = {k.removeprefix("teacher_"): v for k, v in problem.options.items()}
         teacher = {k: teacher[k] for k in teacher if f"teacher_{k}" in problem.options}
         stored = problem.tensors["teacher_input"].dtype
-        own = Arithmetic(torch.bfloat16 if problem.autocast else stored, a.draws, seed=1)
+        own = Arithmetic(problem.autocast or stored, a.draws, a.seed + 1)
         t = self._logits(own, "teacher_input", "teacher_weight", "teacher_bias", teacher)
         log_p = self._log_softmax(self._tempered(z))
         log_q = self._log_softmax(self._tempered(t, own), own)
@@ -231,7 +227,7 @@ class _Dense:
         """KL of one softmax to another, [draws, N], from their logarithms."""
         possible = of > -math.inf
         of, to = torch.where(possible, of, 0), torch.where(possible, to, 0)
-        p = torch.where(possible, self.a.wide(of.exp()), 0)
+        p = torch.where(possible, self.a.exp(of), 0)
         return self.a.sum(self.a.wide(p * self.a.wide(of - to)))
 
     def _topk_kl_div(self, log_p: Tensor) -> Tensor:
@@ -270,7 +266,7 @@ def policy_loss(name: str, log_prob: Tensor, constants: dict[str, Tensor], a: Ar
         return a.wide(a.wide(off.expm1()) - off)
     if name == "clipped_surrogate":
         off = a.wide(log_prob - base)
-        ratio, gain = a.wide(off.exp()), constants["advantage"]
+        ratio, gain = a.exp(off), constants["advantage"]
         surrogate = -torch.minimum(a.wide(ratio * gain), ratio.clamp(0.8, 1.3) * gain)
         return a.wide(surrogate + a.wide(0.04 * policy_loss("kl_penalty", log_prob, constants, a)))
     chosen, rejected = a.sum(log_prob[..., ::2]), a.sum(log_prob[..., 1::2])

@@ -24,6 +24,7 @@ class Mode:
         device: of the tensors.
         dtypes: of the inputs.
         most: how many tokens, hidden dimensions and classes at most, nearly always.
+        large: how often there are more: several blocks of tokens or of classes.
     """
 
     name: str
@@ -31,13 +32,14 @@ class Mode:
     device: str
     dtypes: tuple[torch.dtype, ...]
     most: tuple[int, int, int]
+    large: float
 
 
 _LOW = (torch.bfloat16, torch.float16, torch.float32)
 MODES = {
-    "blocks": Mode("blocks", "blocks", "cpu", (*_LOW, torch.float64), (40, 24, 300)),
-    "interpreter": Mode("interpreter", "triton", "cpu", _LOW, (12, 20, 60)),
-    "cuda": Mode("cuda", None, "cuda", (*_LOW, torch.float64), (40, 24, 300)),
+    "blocks": Mode("blocks", "blocks", "cpu", (*_LOW, torch.float64), (40, 24, 300), 0.01),
+    "interpreter": Mode("interpreter", "triton", "cpu", _LOW, (12, 20, 60), 0.0),
+    "cuda": Mode("cuda", None, "cuda", (*_LOW, torch.float64), (200, 64, 600), 0.03),
 }
 
 PROGRAMS: dict[str, int] = {
@@ -67,8 +69,12 @@ class _Draw:
         self.dtype = rng.choice(mode.dtypes)
         if mode.name == "interpreter" and self.program == "linear_kl_div":
             self.dtype = rng.choice((torch.bfloat16, torch.float32))  # all that it serves
-        self.autocast = self.dtype == torch.float32 and self._chance(0.2)
-        self.low = torch.bfloat16 if self.autocast else self.dtype
+        self.autocast: torch.dtype | None = None
+        if self.dtype == torch.float32 and self._chance(0.25):
+            self.autocast = rng.choice((torch.bfloat16, torch.bfloat16, torch.float16))
+        if mode.name == "interpreter" and self.program == "linear_kl_div" and self.autocast:
+            self.autocast = torch.bfloat16
+        self.low = self.autocast or self.dtype
         self.options: dict[str, Any] = {}
         self.tensors: dict[str, Tensor] = {}
 
@@ -84,21 +90,25 @@ class _Draw:
         elif self.program == "linear_topk_kl_div":
             self._top()
         elif self.program.startswith("losses."):
-            self.tensors["reference"] = -4 * self._uniform(*self.shape).float().double()
-            self.tensors["advantage"] = self._normal(*self.shape)
+            call = LOSS_CALLS[self.program]
+            if "reference" in call or "near" in call:
+                self.tensors["reference"] = -4 * self._uniform(*self.shape)
+            if "advantage" in call:
+                self.tensors["advantage"] = self._normal(*self.shape)
         self._policy()
         return self._finish()
 
     def _sizes(self) -> None:
         rng = self.rng
         most_tokens, most_hidden, most_classes = self.mode.most
-        large = self._chance(0.01)
+        large = self._chance(self.mode.large)
         self.num_classes = rng.choice((1, 2, 3, rng.randint(4, 24), rng.randint(4, most_classes)))
         tokens = rng.choice((1, 2, rng.randint(3, 10), rng.randint(3, most_tokens)))
         self.hidden_size = rng.choice((1, 2, 8, 16, rng.randint(1, most_hidden)))
-        if large and self.mode.name != "interpreter":
-            self.num_classes = rng.choice((1000, 4100, 9000))
-            tokens = min(tokens, 20)
+        if large:
+            tokens, self.num_classes = rng.choice(((20, 1000), (12, 4100), (9, 9000), (1100, 13)))
+        elif self._chance(0.01):
+            tokens = 0
         if self.program == "linear_topk_kl_div":
             self.num_classes = max(self.num_classes, 2)
         self.batch = rng.choice(("bt", "bt", "t", "b1t"))
@@ -107,7 +117,7 @@ class _Draw:
             self.batch, tokens, sequences = "bt", max(tokens, 2), rng.choice((1, 2, 3))
         elif self._chance(0.03) and self.program != "defer_logits":
             self.batch, sequences, tokens = "", 1, 1
-        self.shape = sequences, max(1, tokens // sequences)
+        self.shape = sequences, max(min(tokens, 1), tokens // sequences)
 
     def _targets(self) -> None:
         """Classes, some or all of them ignored."""
@@ -355,10 +365,10 @@ class _Draw:
             hidden[~problem.kept] = bad
             tensors["input"] = hidden
         counted = problem.value_kept
-        own = problem.value_axes() in ("bt", "btk") and not self.program.startswith("losses.")
+        own = problem.value_axes() in ("bt", "btk", "sbt") and problem.program not in LOSS_CALLS
         if self._chance(0.15) and own and not deferred:
             upstream = tensors["upstream"].clone()
-            upstream[~counted] = bad
+            upstream[~counted.expand_as(upstream)] = bad
             tensors["upstream"] = upstream
         if self._chance(0.15) and "token_weight" in tensors:
             weight = tensors["token_weight"].clone()

@@ -13,15 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fuzz.dense import policy_loss
-from fuzz.problem import LOSS_CALLS, Problem
+from fuzz.problem import HEADS, LOSS_CALLS, Problem
 from fuzz.rounding import Arithmetic
 
 
 def value(problem: Problem, given: dict[str, Tensor]) -> Tensor:
     """What :meth:`Problem.statements` computes, from tensors [B, T, ...]."""
     if problem.autocast:
-        heads = ("input", "linear_weight", "linear_bias", "teacher_input", "teacher_weight")
-        given = {k: v.bfloat16() if k in (*heads, "teacher_bias") else v for k, v in given.items()}
+        given = {k: v.to(problem.autocast) if k in HEADS else v for k, v in given.items()}
     option = problem.option
     kept = problem.kept
     hidden = torch.where(kept[..., None], given["input"], 0)
@@ -62,6 +61,9 @@ class _AsItIs(Arithmetic):
 
     def wide(self, values: Tensor) -> Tensor:
         return values
+
+    def exp(self, values: Tensor) -> Tensor:
+        return values.exp()
 
     def sigmoid(self, values: Tensor) -> Tensor:
         return values.sigmoid()

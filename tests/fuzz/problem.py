@@ -30,6 +30,11 @@ AXES = {
 """Axes of each tensor: sequence, position, hidden dimension, class, target of a token, dimension of
 the teacher. Those of ``upstream`` are those of the value: see :meth:`Problem.value_axes`."""
 
+HEADS = (
+    "input", "linear_weight", "linear_bias", "teacher_input", "teacher_weight", "teacher_bias",
+)  # fmt: skip
+"""What autocast casts."""
+
 DIFFERENTIABLE = ("input", "linear_weight", "linear_bias", "token_weight")
 
 SEQUENCE_LOSSES = ("dpo", "ipo", "cpo", "simpo", "orpo", "kto")
@@ -61,7 +66,7 @@ class Problem:
             sequence, the latter of one token), or ``"b1t"``.
         layouts: of tensors that are not contiguous: ``"transposed"`` or ``"strided"``.
         frozen: differentiable tensors that get no gradient.
-        autocast: whether bfloat16 autocast is on.
+        autocast: the dtype of autocast, or None where it is off.
         workspace: argument of ``set_workspace_limit``, or None.
     """
 
@@ -71,7 +76,7 @@ class Problem:
     batch: str = "bt"
     layouts: dict[str, str] = field(default_factory=dict)
     frozen: frozenset[str] = frozenset()
-    autocast: bool = False
+    autocast: torch.dtype | None = None
     workspace: int | None = None
 
     @property
@@ -82,12 +87,13 @@ class Problem:
     @property
     def low(self) -> torch.dtype:
         """Of the matmul's operands."""
-        return torch.bfloat16 if self.autocast else self.dtype
+        return self.autocast or self.dtype
 
     @property
     def grade(self) -> str:
         """The dtype in short, for reports."""
-        return "autocast" if self.autocast else str(self.dtype).removeprefix("torch.")
+        name = str(self.low).removeprefix("torch.")
+        return f"autocast {name}" if self.autocast else name
 
     def option(self, name: str, default: Any = None) -> Any:
         """An option, or its default."""
@@ -167,7 +173,7 @@ class Problem:
         call = _call(self, backend)
         if self.autocast:
             device = "input.device.type"
-            call = [f"with torch.autocast({device}, torch.bfloat16):", *(f"    {x}" for x in call)]
+            call = [f"with torch.autocast({device}, {self.autocast}):", *(f"    {x}" for x in call)]
         return "\n".join([*lines, *call])
 
     def snippet(self, backend: str | None, device: str = "cpu") -> str:
@@ -189,6 +195,13 @@ class Problem:
         else:
             lines.append("print(value)")
         return "\n".join(lines)
+
+    def cast(self) -> dict[str, Tensor]:
+        """The tensors as autocast makes them, where it is on."""
+        return {
+            name: values.to(self.autocast) if self.autocast and name in HEADS else values
+            for name, values in self.tensors.items()
+        }
 
     def without(self, *names: str) -> Problem:
         """The problem less some tensors or options."""

@@ -28,6 +28,7 @@ class Arithmetic:
         self.low_dtype = low
         self.wide_dtype = torch.promote_types(low, torch.float32)
         self.draws = draws
+        self.seed = seed
         self._generator = torch.Generator().manual_seed(seed)
 
     def wide(self, values: Tensor) -> Tensor:
@@ -47,6 +48,10 @@ class Arithmetic:
     def sigmoid(self, values: Tensor) -> Tensor:
         """With a gradient made from the rounded result, as PyTorch's."""
         return _Sigmoid.apply(values, self)
+
+    def exp(self, values: Tensor) -> Tensor:
+        """With a gradient made from the rounded result, as PyTorch's."""
+        return _Exp.apply(values, self)
 
     def tanh(self, values: Tensor) -> Tensor:
         """With a gradient made from the rounded result, as PyTorch's."""
@@ -77,11 +82,14 @@ class Arithmetic:
         """How far wide sums of ``length`` terms are off, given those of the terms' squares.
 
         Each addition rounds its partial sum. These grow like a random walk where the terms have
-        both signs, and steadily to the total where they have one.
+        both signs, and steadily to the total where they have one. Where all terms are the same,
+        the roundings may be as well.
         """
-        size = (length / 2 * squares + length / 3 * total**2).sqrt().nan_to_num()
         if length == 1:
-            return torch.zeros_like(size)
+            return torch.zeros_like(total)
+        alike = (total**2 / (length * squares)).nan_to_num() ** 8
+        size = length / 2 * squares + total**2 * (length / 3 + alike * length**2 / 16)
+        size = size.sqrt().nan_to_num()
         # Equal sums are off by the same: what is random is how far from the last bit one begins.
         unit = torch.rand(self.draws, generator=self._generator, dtype=torch.float64).add_(0.5)
         unit = unit.view(-1, *(1,) * (size.dim() - 1))
@@ -114,6 +122,20 @@ class _Linear(torch.autograd.Function):
         hidden, classifier = ctx.saved_tensors
         dz = ctx.arithmetic.rounded(grads[0], ctx.arithmetic.low_dtype)
         return ctx.arithmetic.product(dz, classifier), ctx.arithmetic.product(dz.mT, hidden), None
+
+
+class _Exp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, arithmetic: Arithmetic) -> Tensor:
+        found = arithmetic.rounded(values.exp(), arithmetic.wide_dtype)
+        ctx.save_for_backward(found)
+        ctx.arithmetic = arithmetic
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (found,) = ctx.saved_tensors
+        return ctx.arithmetic.rounded(grads[0] * found, ctx.arithmetic.wide_dtype), None
 
 
 class _Sigmoid(torch.autograd.Function):
@@ -153,7 +175,7 @@ class _LogSumExp(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, arithmetic: Arithmetic) -> Tensor:
         highest = values.amax(-1, keepdim=True)
         highest = torch.where(highest.isfinite(), highest, 0)
-        mass = arithmetic.sum(arithmetic.wide(arithmetic.wide(values - highest).exp()))
+        mass = arithmetic.sum(arithmetic.exp(arithmetic.wide(values - highest)))
         found = arithmetic.wide(highest[..., 0] + arithmetic.wide(mass.log()))
         ctx.save_for_backward(values, found)
         ctx.arithmetic = arithmetic
@@ -162,5 +184,5 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         values, found = ctx.saved_tensors
-        share = ctx.arithmetic.wide(ctx.arithmetic.wide(values - found[..., None]).exp())
+        share = ctx.arithmetic.exp(ctx.arithmetic.wide(values - found[..., None]))
         return ctx.arithmetic.wide(grads[0][..., None] * share), None

@@ -54,12 +54,12 @@ def _smaller(problem: Problem) -> Iterator[Problem]:
         ]
         if not lengths or lengths[0] < 2:
             continue
-        length = lengths[0]
+        length, least = lengths[0], 2 if axis == "v" else 1  # one class is a kind of its own
         size = length // 2
         while size:
             for start in range(0, length, size):
                 stop = min(start + size, length)
-                if stop - start < length:
+                if length - (stop - start) >= least:
                     smaller = _cut(problem, axis, start, stop)
                     if smaller is not None:
                         yield smaller
@@ -106,12 +106,7 @@ def _plainer(problem: Problem) -> Iterator[Problem]:
     if problem.layouts:
         yield replace(problem, layouts={})
     if problem.autocast:
-        heads = ("input", "linear_weight", "linear_bias", "teacher_input", "teacher_weight")
-        cast = {
-            name: values.bfloat16() if name in (*heads, "teacher_bias") else values
-            for name, values in problem.tensors.items()
-        }
-        yield replace(problem, autocast=False, tensors=cast)
+        yield replace(problem, autocast=None, tensors=problem.cast())
     if problem.workspace:
         yield replace(problem, workspace=None)
     if problem.frozen and problem.program != "gradient_sparsity":
