@@ -1,13 +1,15 @@
 """Heads to test on, one call's loss and gradients, and how far they are from the truth.
 
-No tolerance here is hand-picked: an error is judged against the error that the standard PyTorch
-computation makes in the same dtype, on the same inputs.
+No tolerance here is hand-picked: an error is judged against the errors that the standard PyTorch
+computation makes in the same dtype. That of a single call depends on luck and on the CPU; what is
+expected of it does not, so PyTorch is asked on several draws of the same inputs.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, NamedTuple
 
 import reference
@@ -18,6 +20,12 @@ import crosscut
 
 FACTOR = 2.0
 """How many times PyTorch's own error an error may be."""
+
+DRAWS, DEVIATIONS = 16, 5
+"""PyTorch's error is the mean over so many draws and so many standard deviations, or the largest.
+
+These are of the error of the whole, a norm: of many numbers it has hardly a deviation.
+"""
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,23 @@ class Head:
             linear_weight=self.linear_weight.double(),
             linear_bias=bias,
         )
+
+    def redrawn(self, seed: int) -> Head:
+        """The same logits up to the rounding of what they are made of."""
+        input, weight = redrawn(self.input, self.linear_weight, seed)
+        return replace(self, input=input, linear_weight=weight)
+
+
+def redrawn(hidden: Tensor, weight: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """A head's tensors in another unit, and their dimensions in another order.
+
+    In exact arithmetic no logit is changed; which way each number is rounded, is.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    unit = 2 ** (torch.rand((), generator=generator, dtype=torch.float64).item() - 0.5)
+    order = torch.randperm(weight.shape[1], generator=generator).to(weight.device)
+    low = (unit * hidden.double()).to(hidden.dtype), (weight.double() / unit).to(weight.dtype)
+    return low[0][..., order], low[1][:, order]
 
 
 def make_head(
@@ -95,7 +120,11 @@ def pairs(one: Outcome, other: Outcome) -> Iterator[tuple[str, Tensor, Tensor]]:
             yield name, a, b
 
 
-def outcome(loss_fn: Callable[..., Tensor], head: Head, **options: Any) -> Outcome:
+LossFn = Callable[..., Tensor]
+"""Of input, weight and target, of linear_bias by name, and of options."""
+
+
+def outcome(loss_fn: LossFn, head: Head, **options: Any) -> Outcome:
     """Loss and gradients of ``loss_fn``; a loss a token gets a cotangent of its own."""
     leaves = [
         None if x is None else x.detach().requires_grad_()
@@ -118,8 +147,18 @@ def cotangents(loss: Tensor) -> Tensor:
 
 
 def truth(head: Head, **options: Any) -> Outcome:
+    """The float64 outcome of the cross-entropy."""
+    return truth_of(reference.linear_cross_entropy, head, **options)
+
+
+def truth_of(loss_fn: LossFn, head: Head, **options: Any) -> Outcome:
     """The float64 outcome."""
-    return outcome(reference.linear_cross_entropy, head.double(), **options)
+    return outcome(loss_fn, head.double(), **_each(options, lambda other: other.double()))
+
+
+def _each(options: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """Options with ``change`` made to those that are heads of their own."""
+    return {key: change(value) if is_dataclass(value) else value for key, value in options.items()}
 
 
 def error(value: Tensor, true: Tensor) -> float:
@@ -153,41 +192,60 @@ def rounding_of_statistics(head: Head, ignore_index: int = -100) -> float:
     return (torch.finfo(torch.float32).eps / 2 * sizes / losses).item()
 
 
-def assert_as_accurate_as_pytorch(head: Head, *, factor: float = FACTOR, **options: Any) -> None:
-    """Every error of crosscut is at most ``factor`` times that of PyTorch in the same dtype.
+def judge(
+    ours: LossFn, theirs: LossFn, head: Head, *, factor: float = FACTOR, **options: Any
+) -> None:
+    """Every error of ``ours`` is at most ``factor`` times what is expected of ``theirs``.
 
-    ``options`` are those of :func:`crosscut.linear_cross_entropy`. The gradients are judged by
-    norm. PyTorch's error in a single number can be 0 by luck, so a reduced loss is judged by the
-    relative error of PyTorch's losses, one a token.
+    Args:
+        ours: what is judged.
+        theirs: the standard PyTorch computation, and in float64 the truth.
+        head: its tensors, given to both.
+        factor: how many times.
+        options: given to both. Those that are dataclasses, another head, say, have the methods
+            ``double`` and ``redrawn`` of :class:`Head`.
     """
-    shared = {k: v for k, v in options.items() if k not in ("policy", "backend")}
-    true = truth(head, **shared)
-    ours = outcome(crosscut.linear_cross_entropy, head, **options)
-    theirs = outcome(reference.linear_cross_entropy, head, **shared)
-    their_loss_error = error(_losses(head, shared), _losses(head.double(), shared))
-
-    wide = torch.float64 if head.input.dtype == torch.float64 else torch.float32
-    assert ours.loss.dtype == wide
-    assert ours.loss.shape == true.loss.shape
-    _judge("loss", error(ours.loss, true.loss), their_loss_error, head.input.dtype, factor)
-    their_errors = {name: error(value, exact) for name, value, exact in pairs(theirs, true)}
-    for name, value, exact in list(pairs(ours, true))[1:]:
-        assert value.dtype == head.input.dtype, name
+    true = truth_of(theirs, head, **options)
+    first = errors(outcome(theirs, head, **options), true)
+    found = outcome(ours, head, **options)
+    expected = functools.cache(functools.partial(_expected, theirs, head, options, first))
+    assert found.loss.dtype == torch.promote_types(head.input.dtype, torch.float32)
+    for name, value, exact in pairs(found, true):
+        assert name == "loss" or value.dtype == head.input.dtype, name
         assert value.shape == exact.shape, name
-        _judge(name, error(value, exact), their_errors[name], head.input.dtype, factor)
+        off, least = error(value, exact), rounding(value.dtype)
+        if off <= factor * first[name] + least:
+            continue  # one draw is no more than all of them
+        allowed = factor * expected()[name] + least
+        assert off <= allowed, f"{name}: error {off:.2e}, allowed {allowed:.2e}"
 
 
-@torch.no_grad()
-def _losses(head: Head, options: dict[str, Any]) -> Tensor:
-    """PyTorch's losses, one a token."""
-    options = {**options, "reduction": "none"}
-    return reference.linear_cross_entropy(
-        head.input, head.linear_weight, head.target, linear_bias=head.linear_bias, **options
-    )
+def errors(found: Outcome, true: Outcome) -> dict[str, float]:
+    """How far everything is from the truth."""
+    return {name: error(value, exact) for name, value, exact in pairs(found, true)}
 
 
-def _judge(name: str, ours: float, theirs: float, dtype: torch.dtype, factor: float) -> None:
-    allowed = factor * theirs + rounding(dtype)
-    assert ours <= allowed, (
-        f"{name}: error {ours:.2e}, allowed {allowed:.2e} (PyTorch {theirs:.2e})"
-    )
+def _expected(
+    theirs: LossFn, head: Head, options: dict[str, Any], first: dict[str, float]
+) -> dict[str, float]:
+    """What is expected of PyTorch's errors, of which one call's are known."""
+    draws = [first]
+    for seed in range(1, DRAWS):
+        given = _each(options, lambda other, seed=seed: other.redrawn(seed))
+        drawn = head.redrawn(seed)
+        true = truth_of(theirs, drawn, **given)
+        draws.append(errors(outcome(theirs, drawn, **given), true))
+    return {name: expected_error([one[name] for one in draws]) for name in first}
+
+
+def expected_error(draws: list[float]) -> float:
+    """Of the errors of several draws, the most that is to be expected of another."""
+    found = torch.tensor(draws, dtype=torch.float64)
+    return torch.maximum(found.mean() + DEVIATIONS * found.std(), found.max()).item()
+
+
+def assert_as_accurate_as_pytorch(head: Head, *, factor: float = FACTOR, **options: Any) -> None:
+    """:func:`judge` of :func:`crosscut.linear_cross_entropy`, whose options are given."""
+    own = {key: options.pop(key) for key in ("policy", "backend") if key in options}
+    ours = functools.partial(crosscut.linear_cross_entropy, **own)
+    judge(ours, reference.linear_cross_entropy, head, factor=factor, **options)

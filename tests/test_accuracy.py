@@ -19,7 +19,7 @@ from torch import Tensor
 
 import crosscut
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.real
 
 
 class Gradients(NamedTuple):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import judging
 import pytest
 import reference
 import torch
 import torch.nn.functional as F
 from conftest import DEVICES, INTERPRETED, RealHead
-from judging import FACTOR, Head, cotangents, error, make_head, outcome, pairs, rounding
+from judging import Head, cotangents, error, make_head, outcome, pairs, rounding
 from test_memory import CLASSES, MIB, TOKENS, WORKSPACE, head_of, peak
 from torch import Tensor
 
@@ -33,6 +35,10 @@ class Teacher:
     def double(self) -> Teacher:
         bias = None if self.bias is None else self.bias.double()
         return Teacher(self.input.double(), self.weight.double(), bias)
+
+    def redrawn(self, seed: int) -> Teacher:
+        """The same logits up to the rounding of what they are made of."""
+        return Teacher(*judging.redrawn(self.input, self.weight, seed), self.bias)
 
 
 def make_teacher(
@@ -92,14 +98,7 @@ def ours(
 
 def judge(head: Head, teacher: Teacher, **options: Any) -> None:
     """Losses and gradients at most twice as far from the truth as PyTorch's."""
-    true = outcome(expected, head.double(), teacher=teacher.double(), **options)
-    theirs = outcome(expected, head, teacher=teacher, **options)
-    found = outcome(ours, head, teacher=teacher, **options)
-    assert found.loss.dtype == torch.promote_types(head.input.dtype, torch.float32)
-    their_errors = [error(value, exact) for _, value, exact in pairs(theirs, true)]
-    for (name, value, exact), their_error in zip(pairs(found, true), their_errors, strict=True):
-        allowed = FACTOR * their_error + rounding(value.dtype)
-        assert error(value, exact) <= allowed, f"{name}: {error(value, exact)} > {allowed}"
+    judging.judge(ours, expected, head, teacher=teacher, **options)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -558,14 +557,7 @@ class TestTopK:
         def ours(input: Tensor, weight: Tensor, target: Tensor, **bias: Any) -> Tensor:
             return crosscut.linear_topk_kl_div(input, weight, target, prob, tail=tail, **bias)
 
-        options: dict[str, Any] = {"prob": prob, "tail": tail}
-        true = outcome(self.theirs, head.double(), **options)
-        theirs = outcome(self.theirs, head, **options)
-        their_errors = [error(value, exact) for _, value, exact in pairs(theirs, true)]
-        found = pairs(outcome(ours, head), true)
-        for (name, value, exact), their_error in zip(found, their_errors, strict=True):
-            allowed = FACTOR * their_error + rounding(value.dtype)
-            assert error(value, exact) <= allowed, f"{name}: {error(value, exact)} > {allowed}"
+        judging.judge(ours, partial(self.theirs, prob=prob, tail=tail), head)
 
     def test_all_classes_are_the_whole_divergence(self):
         head = make_head((20, 12, 50))

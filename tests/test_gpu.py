@@ -7,7 +7,16 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
-from judging import Head, error, make_head, outcome, rounding
+from judging import (
+    Head,
+    LossFn,
+    assert_as_accurate_as_pytorch,
+    error,
+    judge,
+    make_head,
+    outcome,
+    rounding,
+)
 
 import crosscut
 from crosscut.options import POLICIES
@@ -42,10 +51,7 @@ def test_twenty_calls_give_the_same_bits(policy):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_hidden_sizes(hidden_size, dtype):
     head = cuda_head((300, hidden_size, 1111), dtype)
-    true = outcome(reference.linear_cross_entropy, head.double())
-    theirs = outcome(reference.linear_cross_entropy, head)
-    for value, their, exact in zip(step(head), theirs[:3], true[:3], strict=True):
-        assert error(value, exact) <= 2 * error(their, exact) + rounding(dtype)
+    assert_as_accurate_as_pytorch(head, backend="triton")
 
 
 def test_more_than_2_31_logits():
@@ -140,11 +146,7 @@ def test_a_peaked_softmax_is_filtered(dtype, options, ignored):
         head.input, head.linear_weight, head.target, backend="triton", **head_options
     )
     assert sparsity.kept < 0.3
-    true = outcome(reference.linear_cross_entropy, head.double(), **options)
-    theirs = outcome(reference.linear_cross_entropy, head, **options)
-    found = step(head, **options)
-    for value, their, exact in list(zip(found, theirs[:3], true[:3], strict=True))[1:]:
-        assert error(value, exact) <= error(their, exact) + rounding(dtype)
+    assert_as_accurate_as_pytorch(head, factor=1.0, backend="triton", **options)
 
 
 @pytest.mark.parametrize("scale", [0.05, 1.0])
@@ -205,16 +207,10 @@ def test_other_losses_are_as_accurate_as_pytorch(dtype, softcap, which):
     if which == "several targets":
         ours, theirs, head = log_probs, expected_log_probs, several_targets(head, 5)
 
-    def run(loss, head):
-        def without_bias(*tensors, linear_bias=None):
-            assert linear_bias is None
-            return loss(*tensors, softcap=softcap)
+    def without_bias(loss: LossFn) -> LossFn:
+        return lambda *tensors, linear_bias: loss(*tensors, softcap=softcap)
 
-        return outcome(without_bias, head)[:3]
-
-    true, expected = run(theirs, head.double()), run(theirs, head)
-    for value, their, exact in zip(run(ours, head), expected, true, strict=True):
-        assert error(value, exact) <= 2 * error(their, exact) + rounding(value.dtype)
+    judge(without_bias(ours), without_bias(theirs), head)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

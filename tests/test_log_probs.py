@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import reference
 import torch
 from conftest import RealHead
-from judging import Head, cotangents, error, make_head, outcome, pairs, rounding
+from judging import Head, cotangents, error, judge, make_head, outcome, pairs, rounding
 from test_conformance import skip_if_not_served
 from test_filter import sparse_head
 from test_memory import MIB, TOKENS, WORKSPACE, head_of, peak
@@ -68,22 +68,6 @@ def reference_log_probs(
     return found.index_fill(1, torch.arange(shift).to(found.device), 0)
 
 
-def judge(
-    ours: Callable[..., Tensor], theirs: Callable[..., Tensor], head: Head, backend: str,
-    **options: Any,
-) -> None:  # fmt: skip
-    """Values and gradients at most twice as far from the truth as PyTorch's."""
-    shared = {k: v for k, v in options.items() if k != "policy"}
-    true, expected = outcome(theirs, head.double(), **shared), outcome(theirs, head, **shared)
-    found = outcome(ours, head, backend=backend, **options)
-    assert found.loss.dtype == torch.promote_types(head.input.dtype, torch.float32)
-    assert found.loss.shape == true.loss.shape
-    their_errors = [error(value, exact) for _, value, exact in pairs(expected, true)]
-    for (name, value, exact), their_error in zip(pairs(found, true), their_errors, strict=True):
-        allowed = 2 * their_error + rounding(value.dtype)
-        assert error(value, exact) <= allowed, f"{name}: {error(value, exact)} > {allowed}"
-
-
 def entropy(input: Tensor, weight: Tensor, target: Tensor, **options: Any) -> Tensor:
     found = crosscut.token_statistics(input, weight, target, entropy=True, **options).entropy
     assert found is not None
@@ -109,19 +93,29 @@ class TestAgainstTheReference:
     def test_log_probs(self, backend, make, dtype, options):
         head = make(((3, 11), 17, 201), dtype, bias=True, ignored=0.2)
         skip_if_not_served(backend, head, "auto")
-        judge(crosscut.linear_log_probs, reference_log_probs, head, backend, **options)
+        judge(
+            partial(crosscut.linear_log_probs, backend=backend),
+            reference_log_probs,
+            head,
+            **options,
+        )
 
     def test_entropy(self, backend, make, dtype, options):
         shape = ((3, 11), 17, 201) if backend == "triton" else ((3, 50), 32, 1000)
         head = make(shape, dtype, bias=True, ignored=0.2)
         skip_if_not_served(backend, head, "auto")
-        judge(entropy, reference_entropy, head, backend, **options)
+        judge(partial(entropy, backend=backend), reference_entropy, head, **options)
 
     def test_several_targets(self, backend, make, dtype, options):
         head = make(((3, 11), 17, 201), dtype, bias=True)
         skip_if_not_served(backend, head, "auto")
         head = several_targets(head, 4)
-        judge(crosscut.linear_log_probs, reference_log_probs, head, backend, **options)
+        judge(
+            partial(crosscut.linear_log_probs, backend=backend),
+            reference_log_probs,
+            head,
+            **options,
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -143,13 +137,14 @@ class TestLowPrecisionPolicies:
             return found.log_prob + found.entropy
 
         head = make(((2, 20), 40, 190), dtype, ignored=0.2)
-        judge(ours, theirs, head, backend, policy=policy, softcap=softcap)
+        judge(partial(ours, backend=backend, policy=policy), theirs, head, softcap=softcap)
 
     def test_several_targets(self, backend, make, dtype, policy):
         if policy.startswith("cce"):
             pytest.skip("serves one target a token")
         head = several_targets(make(((2, 20), 40, 190), dtype), 3)
-        judge(crosscut.linear_log_probs, reference_log_probs, head, backend, policy=policy)
+        log_probs = partial(crosscut.linear_log_probs, backend=backend, policy=policy)
+        judge(log_probs, reference_log_probs, head)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -160,14 +155,14 @@ class TestPoliciesAcrossBlocks:
     def test_entropy(self, dtype, policy):
         """Its gradient is whole also where the loss's would be filtered."""
         head = sparse_head((2, 150), dtype=dtype, ignored=0.1)
-        judge(entropy, reference_entropy, head, "blocks", policy=policy)
+        judge(partial(entropy, policy=policy), reference_entropy, head)
 
     def test_several_targets(self, dtype, policy):
         if policy.startswith("cce"):
             pytest.skip("serves one target a token")
         head = several_targets(sparse_head((2, 150), dtype=dtype), 3)
         if policy == "exact":
-            judge(crosscut.linear_log_probs, reference_log_probs, head, "blocks", policy=policy)
+            judge(partial(crosscut.linear_log_probs, policy=policy), reference_log_probs, head)
             return
         # The filter's error is that of the plain loss: no worse for more targets.
         found = outcome(crosscut.linear_log_probs, head, policy=policy)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from judging import FACTOR, Head, error, make_head, outcome, pairs, rounding, rounding_of_statistics
+from judging import Head, LossFn, judge, make_head, outcome
+from torch import Tensor
 
 import crosscut
 
@@ -32,25 +33,16 @@ def compare(head: Head, **options: Any) -> None:
     """Same loss and gradients as PyTorch's, up to PyTorch's own rounding error."""
     class_weight = options.pop("weight", None)
 
-    def weight(dtype: torch.dtype) -> dict[str, Any]:
-        return {} if class_weight is None else {"weight": class_weight.to(dtype)}
+    def weighted(loss_fn: LossFn) -> LossFn:
+        def loss(input: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
+            if class_weight is not None:
+                options["weight"] = class_weight.to(input.dtype)
+            return loss_fn(input, *tensors, **options)
 
-    dtype = head.input.dtype
-    theirs = outcome(F.linear_cross_entropy, head, **options, **weight(dtype))
-    true = outcome(F.linear_cross_entropy, head.double(), **options, **weight(torch.float64))
-    ours = outcome(crosscut.linear_cross_entropy, head, **options, **weight(dtype))
-    assert ours.loss.shape == theirs.loss.shape
-    their_errors = {name: error(value, exact) for name, value, exact in pairs(theirs, true)}
-    least = 0.0
-    if dtype == torch.float32 and not options.get("label_smoothing"):
-        least = rounding_of_statistics(head, options.get("ignore_index", -100))
-    for name, value, exact in pairs(ours, true):
-        # Less than one rounding of each statistic is luck, in PyTorch's error too.
-        allowed = FACTOR * max(their_errors[name], least) + rounding(dtype)
-        assert error(value, exact) <= allowed, name
-    for name, value, their in list(pairs(ours, theirs))[1:]:
-        assert value.dtype == their.dtype, name
-        assert value.shape == their.shape, name
+        return loss
+
+    ours, theirs = weighted(crosscut.linear_cross_entropy), weighted(F.linear_cross_entropy)
+    judge(ours, theirs, head, **options)
 
 
 def test_signature_begins_as_theirs():
