@@ -41,6 +41,7 @@ class _Group:
         reals: logits that were computed, and their version counters then.
         fsdp_hooks: hooks of FSDP2 that wait for a gradient of the logits, or of what is made
             of them.
+        fused: the loss that was made without logits, to be differentiated; or None.
     """
 
     def __init__(self, settings: HeadSettings, form: LogitForm) -> None:
@@ -50,6 +51,7 @@ class _Group:
         self.members: list[weakref.ref[DeferredLogits]] = []
         self.reals: list[tuple[weakref.ref[Tensor], int]] = []
         self.fsdp_hooks: list[Callable[[Tensor], Any]] = []
+        self.fused: str | None = None
 
     def check_versions(self) -> None:
         """Raise RuntimeError if hidden states or weights are no longer what the head was given."""
@@ -101,6 +103,7 @@ class _Group:
         self.members += other.members
         self.reals += other.reals
         self.fsdp_hooks += other.fsdp_hooks
+        self.fused = self.fused or other.fused
         other.__dict__ = self.__dict__  # what befalls one befalls both
 
 
@@ -157,12 +160,12 @@ def _wrapper(form: LogitForm) -> DeferredLogits:
     )
 
 
-def defer(form: LogitForm, settings: HeadSettings, *, again: bool = False) -> DeferredLogits:
-    """Logits that a head did not compute; with ``again`` also what was done to them since."""
+def defer(form: LogitForm, settings: HeadSettings) -> DeferredLogits:
+    """Logits that a head did not compute."""
     group = _Group(settings, form)
     if not torch.is_grad_enabled():
         form = form.detach()
-    return _make(form, group, form.dense if again else lambda: _root_logits(form))
+    return _make(form, group, lambda: root_logits(form))
 
 
 def _make(form: LogitForm, group: _Group, compute: Callable[[], Tensor]) -> DeferredLogits:
@@ -178,12 +181,28 @@ def _make(form: LogitForm, group: _Group, compute: Callable[[], Tensor]) -> Defe
     return made
 
 
-def _root_logits(form: LogitForm) -> Tensor:
+def root_logits(form: LogitForm) -> Tensor:
     """Exactly what the head would have returned."""
     (term,), dtype = form.terms, form.compute_dtype
     with torch.autocast(form.device.type, enabled=False):
         bias = None if form.bias is None else form.bias.to(dtype)
         return torch.nn.functional.linear(term.hidden.to(dtype), term.classifier.to(dtype), bias)
+
+
+class Undecided:
+    """Logits of a compiled graph, :class:`~.traced.TracedLogits`: in it real or not."""
+
+    def deferred(self) -> Tensor:
+        """The same logits as a tensor, outside of the graph."""
+        raise NotImplementedError
+
+    def real_tensor(self, what: str = "") -> Tensor:
+        """The real logits, inside of it, for anyone.
+
+        Args:
+            what: the function that needs them; empty where the user asks.
+        """
+        raise NotImplementedError
 
 
 class DeferredLogits(Tensor):
@@ -340,8 +359,8 @@ def as_dense(value: Any, what: str = "") -> Any:
 
 def _without_logits(func: Any, name: str, logits: DeferredLogits, args: Any, kwargs: Any) -> Any:
     """Record the call, or fuse it; NotImplemented where it needs the logits."""
-    if name in _PIECES:
-        return _PIECES[name](logits, *args[1:], **kwargs)
+    if name in PIECES:
+        return PIECES[name](logits, *args[1:], **kwargs)
     if not logits._fusible():
         return NotImplemented
     rest = {k: v for k, v in kwargs.items() if k != "input"}
@@ -381,6 +400,8 @@ def _without_logits(func: Any, name: str, logits: DeferredLogits, args: Any, kwa
         found = REDUCED[name](form, *args[1:], **rest)
     if found is not NotImplemented:
         group.settings.log.fused[name] += 1
+        if found.requires_grad:
+            group.fused = name
         fsdp.watch(group.fsdp_hooks, found)
     return found
 
@@ -413,7 +434,7 @@ def _chunk(logits: DeferredLogits, chunks: int, dim: int = 0) -> Any:
     return _split(logits, max(-(-logits._form.shape[dim] // chunks), 1), dim)
 
 
-_PIECES: dict[str, Callable[..., Any]] = {
+PIECES: dict[str, Callable[..., Any]] = {
     "unbind": _unbind,
     "split": _split,
     "chunk": _chunk,
@@ -434,11 +455,24 @@ def _register_hook(logits: DeferredLogits, hook: Callable[[Tensor], Any]) -> Any
         if logits._real is not None and logits._real.requires_grad:
             logits._real.register_hook(hook)
         return None
+    _refuse_late("register_hook", logits)
     logits._pin("given a hook")
     return logits._values("register_hook").register_hook(hook)
 
 
+def _refuse_late(name: str, logits: DeferredLogits) -> None:
+    """Raise where a loss is made already, whose gradient does not pass by the logits."""
+    group = logits._group
+    if group.pinned is None and group.fused is not None:
+        raise RuntimeError(
+            f"{name} of logits that were not computed, after {group.fused} of them was: the "
+            f"gradient does not pass by them. Call {name} before the loss, or compute the loss of "
+            "what crosscut.integrations.huggingface.materialize(outputs) returns"
+        )
+
+
 def _retain_grad(logits: DeferredLogits) -> None:
+    _refuse_late("retain_grad", logits)
     logits._pin("told to retain_grad")
     logits._values("retain_grad").retain_grad()
 
@@ -486,25 +520,27 @@ def _elsewhere(args: Any, kwargs: Any) -> bool:
     return bool(nested) and tree_any(lambda x: type(x) is DeferredLogits, nested)
 
 
+def _in_place_names() -> frozenset[str]:
+    operators = "add sub mul div truediv floordiv mod pow and or xor lshift rshift"
+    names = {name for space in (Tensor, torch, torch.nn.functional) for name in dir(space)}
+    return frozenset(
+        {name for name in names if name.endswith("_") and not name.endswith("__")}
+        | {f"__i{name}__" for name in operators.split()}
+    )
+
+
+IN_PLACE = _in_place_names()
+"""What writes to its first argument and returns it."""
+
+
 def _writes(name: str, kwargs: dict[str, Any]) -> bool:
     return (
-        (name.endswith("_") and not name.endswith("__"))
-        or name in _WRITES
+        name in IN_PLACE
+        or name == "__setitem__"
         or name.endswith(".__set__")
         or name == "data.__get__"  # whoever asks for it means to write
         or kwargs.get("out") is not None
     )
-
-
-_WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__"} | {
-    "__imod__",
-    "__ipow__",
-    "__iand__",
-    "__ior__",
-    "__ixor__",
-    "__ilshift__",
-    "__irshift__",
-}
 
 
 def _write(func: Any, name: str, args: Any, kwargs: Any) -> Any:

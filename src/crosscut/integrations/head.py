@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from crosscut.integrations.deferred import defer
 from crosscut.integrations.form import LogitForm, Term
 from crosscut.integrations.report import HeadSettings, OnMaterialize
-from crosscut.integrations.traced import TracedLogits
 from crosscut.options import GradientPolicy, HeadOptions
 
 DEFAULT_MIN_NUMEL = 2**22
@@ -86,6 +85,8 @@ class DeferredLinear(nn.Linear):
                 or not torch.is_grad_enabled()
             ):
                 return F.linear(input, weight, bias)
+            from crosscut.integrations.traced import TracedLogits  # which imports dynamo
+
             traced = TracedLogits(_form(input, weight, bias, settings.options), settings)
             return traced  # pyright: ignore[reportReturnType]
         why_not = _why_not_eager() or why_not_defer(input, weight, bias, settings)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from crosscut.integrations.deferred import DeferredLogits
+from crosscut.integrations.deferred import DeferredLogits, Undecided
 from crosscut.integrations.head import (
     DEFAULT_MIN_NUMEL,
     DeferredLinear,
@@ -35,7 +35,6 @@ from crosscut.integrations.report import (
     OnMaterialize,
     describe,
 )
-from crosscut.integrations.traced import TracedLogits
 from crosscut.integrations.trl import patch_trl, unpatch_trl
 from crosscut.options import GradientPolicy, HeadOptions
 
@@ -139,7 +138,7 @@ def is_deferred(thing: nn.Module | Tensor) -> bool:
         return any(isinstance(module, DeferredLinear) for module in thing.modules())
     if isinstance(thing, DeferredLogits):
         return thing._real is None
-    return isinstance(thing, TracedLogits)
+    return isinstance(thing, Undecided)
 
 
 def materialize(outputs: Any) -> Any:
@@ -154,7 +153,10 @@ def materialize(outputs: Any) -> Any:
     """
 
     def real(value: Any) -> Any:
-        value = value.deferred() if isinstance(value, TracedLogits) else value
+        if isinstance(value, Undecided):
+            if torch.compiler.is_compiling():
+                return value.real_tensor()
+            value = value.deferred()
         return value._dense("") if isinstance(value, DeferredLogits) else value
 
     return tree_map(real, outputs)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import warnings
+import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -43,16 +45,26 @@ class LogitsMaterializedError(RuntimeError):
 
 @dataclass
 class HeadLog:
-    """Counts of one head: calls of it, losses fused, logits materialised."""
+    """Counts of one head: calls of it, losses fused, logits materialised.
+
+    A compiled graph runs without a word, so only what is in it is known: ``compiled`` are the
+    losses that graphs fuse; logits that a graph computes count once, with -1 for sizes that are
+    the graph's to choose.
+    """
 
     deferred: int = 0
     real: Counter[str] = field(default_factory=Counter)
     fused: Counter[str] = field(default_factory=Counter)
+    compiled: set[str] = field(default_factory=set)
     materialized: Counter[Materialization] = field(default_factory=Counter)
     warned: bool = False
 
 
-@dataclass
+_numbers = itertools.count()
+_settings: weakref.WeakValueDictionary[str, HeadSettings] = weakref.WeakValueDictionary()
+
+
+@dataclass(eq=False)
 class HeadSettings:
     """How a head defers. All linear layers of one head share one record.
 
@@ -61,14 +73,17 @@ class HeadSettings:
         min_numel: fewest logits that are deferred.
         options: policy and backend of the losses.
         log: what happened.
+        key: by which a compiled graph finds these settings.
     """
 
     on_materialize: OnMaterialize = "warn"
     min_numel: int = 2**22
     options: HeadOptions = field(default_factory=HeadOptions)
     log: HeadLog = field(default_factory=HeadLog)
+    key: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
+        self._register()
         choices = get_args(OnMaterialize)
         if self.on_materialize not in choices:
             raise ValueError(
@@ -79,32 +94,57 @@ class HeadSettings:
 
     def note_materialized(self, what: str, shape: torch.Size, *, under_grad: bool) -> None:
         """Record that logits are about to be computed; warn or raise as the user chose."""
-        file, line, function = _caller()
-        event = Materialization(what, f"{file}:{line} in {function}", tuple(shape), under_grad)
+        event = Materialization(what, _caller(), tuple(shape), under_grad)
         self.log.materialized[event] += 1
-        if not under_grad or self.on_materialize == "silent":
-            return
+        problem = self.complain(event)
+        if problem is not None:
+            raise LogitsMaterializedError(problem)
+
+    def complain(self, event: Materialization) -> str | None:
+        """Warn of logits that are computed as the user chose; what to raise, or None."""
+        if not event.under_grad or self.on_materialize == "silent":
+            return None
         message = (
-            f"{what} at {event.where} needs the logits: {list(shape)} of them are computed, and "
-            "take the memory that deferring them saves. on_materialize='error' stops at the first "
-            "such place, crosscut.integrations.huggingface.explain(model) lists all"
+            f"{event.what} at {event.where} needs the logits: {list(event.shape)} of them are "
+            "computed, and take the memory that deferring them saves. on_materialize='error' stops "
+            "at the first such place, crosscut.integrations.huggingface.explain(model) lists all"
         )
         if self.on_materialize == "error":
-            raise LogitsMaterializedError(message)
+            return message
         if not self.log.warned:
             self.log.warned = True
-            warnings.warn_explicit(message, LogitsMaterializedWarning, file, line)
+            file, _, line = event.where.partition(" in ")[0].rpartition(":")
+            warnings.warn_explicit(message, LogitsMaterializedWarning, file, int(line))
+        return None
+
+    def _register(self) -> None:
+        self.key = f"head {next(_numbers)}"
+        _settings[self.key] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # a copy counts for itself
+        self.__dict__.update(state)
+        self._register()
+
+
+def settings_of(key: str) -> HeadSettings:
+    """The settings with this key."""
+    return _settings[key]
 
 
 _NOT_THE_CALLER = (str(Path(str(torch.__file__)).parent), str(Path(__file__).parents[1]))
 
 
-def _caller() -> tuple[str, int, str]:
-    """File, line and function of the innermost frame that is neither PyTorch's nor crosscut's."""
+def is_caller(file: str) -> bool:
+    """Whether a file is neither PyTorch's nor crosscut's."""
+    return not file.startswith(_NOT_THE_CALLER)
+
+
+def _caller() -> str:
+    """``file:line in function``: the innermost frame of neither."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_CALLER):
+    while frame.f_back is not None and not is_caller(frame.f_code.co_filename):
         frame = frame.f_back
-    return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
 class HeadReport(NamedTuple):
@@ -122,8 +162,9 @@ class HeadReport(NamedTuple):
 
     def __str__(self) -> str:
         log = self.log
-        lines = [f"{self.name}: {self.head}", f"  {log.deferred} calls deferred"]
-        lines += [f"  {count} calls not deferred: {why}" for why, count in log.real.most_common()]
+        lines = [f"{self.name}: {self.head}", f"  {_calls(log.deferred)} deferred"]
+        lines += [f"  {_calls(n)} not deferred: {why}" for why, n in log.real.most_common()]
+        lines += [f"  in compiled graphs, fused: {what}" for what in sorted(log.compiled)]
         lines += [f"  {count} fused: {what}" for what, count in log.fused.most_common()]
         lines += [
             f"  {count} materialised: {event.what} of {list(event.shape)}"
@@ -131,6 +172,10 @@ class HeadReport(NamedTuple):
             for event, count in log.materialized.most_common()
         ]
         return "\n".join(lines)
+
+
+def _calls(count: int) -> str:
+    return f"{count} call{'' if count == 1 else 's'}"
 
 
 def describe(head: nn.Module) -> str:
