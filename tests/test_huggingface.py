@@ -490,6 +490,25 @@ def test_gradient_of_logits_that_are_not_there():
         torch.autograd.backward(loss, inputs=[logits])
 
 
+@pytest.mark.parametrize("of", [lambda z: z, lambda z: z.view(-1, V)[1:]], ids=["logits", "view"])
+@pytest.mark.parametrize("which", ["register_hook", "retain_grad"])
+def test_hook_after_the_loss(which, of):
+    """It would never be called: the gradient does not pass by the logits."""
+    logits = head()(hidden_states())
+    loss = ce(logits)
+    arguments = [lambda grad: grad * MASK[..., None]] if which == "register_hook" else []
+    with pytest.raises(RuntimeError, match=rf"{which}.*after cross_entropy.*materialize"):
+        getattr(of(logits), which)(*arguments)
+    loss.backward()
+    logits = head()(hidden_states())
+    with torch.no_grad():
+        ce(logits)  # no gradient comes of this one
+    seen = []
+    logits.register_hook(seen.append)
+    ce(logits).backward()
+    assert seen
+
+
 def test_unnoticed_write_before_a_function_is_refused():
     logits = head()(hidden_states())
     values = materialize(logits)

@@ -72,7 +72,11 @@ class _Group:
         """Put every wrapper behind its real logits: those have a history of their own now."""
         with torch.enable_grad():
             for member in self.alive():
-                if member._real is not None and member._real.requires_grad:
+                if (
+                    member._real is not None
+                    and member._real.requires_grad
+                    and _has_history(member._real)
+                ):
                     with _NoTorchFunction():
                         member.detach_()
                         member.copy_(member._real)  # to autograd; there is no memory to copy to
@@ -105,6 +109,14 @@ class _Group:
         self.fsdp_hooks += other.fsdp_hooks
         self.fused = self.fused or other.fused
         other.__dict__ = self.__dict__  # what befalls one befalls both
+
+
+def _has_history(real: Tensor) -> bool:
+    """Not so a view made under ``no_grad`` whose base was written since: whoever uses it, fails."""
+    try:
+        return real.grad_fn is not None
+    except RuntimeError:
+        return False
 
 
 class _Defer(torch.autograd.Function):
@@ -160,9 +172,19 @@ def _wrapper(form: LogitForm) -> DeferredLogits:
     )
 
 
-def defer(form: LogitForm, settings: HeadSettings) -> DeferredLogits:
-    """Logits that a head did not compute."""
+def defer(
+    form: LogitForm, settings: HeadSettings, *, weight_version: int | None = None
+) -> DeferredLogits:
+    """Logits that a head did not compute.
+
+    Args:
+        form: what they are.
+        settings: of the head.
+        weight_version: version counter of the weight when the head was called, if not now.
+    """
     group = _Group(settings, form)
+    if weight_version is not None:
+        group.versions.append((form.terms[0].classifier, weight_version))
     if not torch.is_grad_enabled():
         form = form.detach()
     return _make(form, group, lambda: root_logits(form))

@@ -9,8 +9,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import torch
+from torch._dynamo.eval_frame import skip_code
 from torch._guards import TracingContext
 
 from crosscut.integrations.report import Materialization, is_caller, settings_of
@@ -23,9 +25,7 @@ def note_fused(key: str, what: str) -> None:
 
 
 @torch.compiler.assume_constant_result
-def note_materialized(
-    key: str, what: str, shape: tuple[int, ...], under_grad: bool
-) -> str | None:
+def note_materialized(key: str, what: str, shape: tuple[int, ...], under_grad: bool) -> str | None:
     """Record that the graph makes logits; returns what to raise."""
     settings = settings_of(key)
     where = "a compiled graph:0 in ?"
@@ -68,6 +68,12 @@ def in_autograd_function() -> bool:
 
 
 _APPLY = (torch.autograd.Function.apply.__func__.__code__,)  # pyright: ignore
+
+
+def only_inside(*functions: Any) -> None:
+    """Trace calls of these where a graph makes them; never begin a graph with one."""
+    for function in functions:
+        skip_code(function.__code__)
 
 
 def _frames() -> Iterator[FrameType]:

@@ -1,10 +1,10 @@
 """Deferred logits inside ``torch.compile``: a plain object, as dynamo builds no tensor subclass.
 
 What it may do without logits is what :mod:`.form` knows. Everything else that a tensor can do, any
-method, property, operator or function of PyTorch, happens to the real logits, which are made in the
-graph. From then on they are a tensor as others are, and no loss is fused any more: what was viewed
-of them is made again as a view of them, so that a write in place reaches whom it reaches in PyTorch.
-Only what certainly returns memory of its own (:data:`_FRESH`) leaves them deferred.
+method, property, operator or function of PyTorch, happens to the real logits, which are made in
+the graph. From then on they are a tensor as others are, and no loss is fused any more: what was
+viewed of them is made again as a view of them, so that a write in place reaches whom it reaches in
+PyTorch. Only what certainly returns memory of its own (:data:`_FRESH`) leaves them deferred.
 
 Where the object leaves the graph, the first touch makes
 :class:`~crosscut.integrations.deferred.DeferredLogits` of it.
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from crosscut.integrations.deferred import (
     IN_PLACE,
@@ -30,44 +30,47 @@ from crosscut.integrations.dynamo import (
     in_autograd_function,
     note_fused,
     note_materialized,
+    only_inside,
     swapped_operator,
 )
 from crosscut.integrations.form import RECORDED, REDUCED, LogitForm, knows_arguments
 from crosscut.integrations.report import HeadSettings, LogitsMaterializedError
 
-_VIEWS = frozenset(
-    "view transpose swapaxes permute movedim unsqueeze squeeze narrow select detach".split()
-)
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_VIEWS = _words("view transpose swapaxes permute movedim unsqueeze squeeze narrow select detach")
 """What is recorded and shares memory with the logits."""
 
-_COPIES_OR_NOT = frozenset({"contiguous", "reshape", "flatten"})
+_COPIES_OR_NOT = _words("contiguous reshape flatten")
 """What is recorded and shares it if the logits are contiguous; if not, it depends."""
 
-_CASTS = frozenset("float double half bfloat16 to type type_as".split())
+_CASTS = _words("float double half bfloat16 to type type_as")
 """What is recorded and returns the logits themselves if there is nothing to do."""
 
-_FRESH = frozenset(
+_FRESH = _words(
     "abs all any amax amin argmax argmin argsort bmm cat clamp cross_entropy cumsum empty_like eq "
     "exp floor full_like gather ge gelu gt index_select isfinite isinf isnan kl_div le log "
     "log_softmax logsumexp lt masked_fill masked_select matmul max mean median min mm mse_loss mul "
     "multinomial ne neg nll_loss norm ones_like pow prod relu round sigmoid sign softmax sort sqrt "
-    "square stack std sub sum tanh topk var where zeros_like".split()
-) | {
-    f"__{prefix}{name}__"
-    for prefix in ("", "r")
-    for name in "add sub mul matmul truediv floordiv mod pow lt le gt ge eq ne neg abs".split()
-}
+    "square stack std sub sum tanh topk var where zeros_like "
+    "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __floordiv__ "
+    "__mod__ __rmod__ __pow__ __rpow__ __matmul__ __rmatmul__ __neg__ __abs__ "
+    "__lt__ __le__ __gt__ __ge__ __eq__ __ne__"
+)
 """What never returns memory of what it is given."""
 
-_METADATA = frozenset(
+_METADATA = _words(
     "stride is_contiguous storage_offset is_signed get_device layout is_cuda is_cpu is_meta is_mps "
-    "is_xpu is_sparse is_quantized is_nested is_mkldnn itemsize nbytes is_inference".split()
+    "is_xpu is_sparse is_quantized is_nested is_mkldnn itemsize nbytes is_inference"
 )
 """What the compiler computes without the logits."""
 
-_NEW = frozenset("new_tensor new_empty new_zeros new_ones new_full".split())
+_NEW = _words("new_tensor new_empty new_zeros new_ones new_full")
 
-_REFUSED = frozenset("register_hook retain_grad register_post_accumulate_grad_hook".split())
+_REFUSED = _words("register_hook retain_grad register_post_accumulate_grad_hook")
 """What wants a gradient that losses of other copies would not give."""
 
 _HELP = (
@@ -109,6 +112,9 @@ class TracedLogits(Undecided):
         """Whether they certainly share the memory of their source, if that is theirs."""
         self._real: Tensor | None = None
         """The real logits, where the memory is real and they were asked for."""
+        weight = form.terms[0].classifier
+        self._weight_version = weight._version if isinstance(weight, nn.Parameter) else None
+        """Of the weight, when the graph ran."""
         self._outside: Tensor | None = None
         """What they became outside of the graph."""
 
@@ -121,7 +127,7 @@ class TracedLogits(Undecided):
                 made = self._shared()
             elif self._source is None:
                 self._settings.log.deferred += 1
-                made = defer(self._form, self._settings)
+                made = defer(self._form, self._settings, weight_version=self._weight_version)
             elif self._source._memory.real:
                 made = self._as_recorded()
             else:
@@ -218,7 +224,12 @@ class TracedLogits(Undecided):
         made._contiguous = self._contiguous
         if name in _VIEWS or (name == "__getitem__" and not _copies(args[0])):
             made._memory = self._memory
-            made._contiguous = self._contiguous and name in ("view", "unsqueeze", "squeeze", "detach")
+            made._contiguous = self._contiguous and name in (
+                "view",
+                "unsqueeze",
+                "squeeze",
+                "detach",
+            )
         elif name in _COPIES_OR_NOT:
             made._memory = self._memory
             made._certain = self._contiguous and not kwargs
@@ -246,7 +257,9 @@ class TracedLogits(Undecided):
 
     @property
     def requires_grad(self) -> bool:
-        return self._modes[0] and any(x.requires_grad for x in self._form.tensors() if x is not None)
+        return self._modes[0] and any(
+            x.requires_grad for x in self._form.tensors() if x is not None
+        )
 
     def dim(self) -> int:
         return self._form.ndim
@@ -416,9 +429,9 @@ def _property(name: str) -> property:
 
 def _complete() -> None:
     """Give the class every other attribute that a tensor has, but what makes it an object."""
-    of_objects = {*dir(object), *"__dict__ __module__ __weakref__ __annotations__".split()}
-    of_objects |= {"__torch_function__", "__torch_dispatch__", "__setstate__", "__array_priority__"}
-    of_objects -= {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__reduce_ex__"}
+    of_objects = {*dir(object), *_words("__dict__ __module__ __weakref__ __annotations__")}
+    of_objects |= _words("__torch_function__ __torch_dispatch__ __setstate__ __array_priority__")
+    of_objects -= _words("__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __reduce_ex__")
     for name in dir(Tensor):
         if name in of_objects or name in TracedLogits.__dict__:
             continue
@@ -430,7 +443,9 @@ def _complete() -> None:
 _complete()
 
 
-# Deferred logits are nothing to trace, where a compiled model left its graph.
+# Outside of a graph everything is done to deferred logits, and nothing of that is traced.
+only_inside(TracedLogits.__torch_function__.__func__, _method("dim"), _map)  # pyright: ignore
+only_inside(_property("data").fget, _property("data").fset)
 for _name in ("__torch_function__", "__torch_dispatch__"):
     _eager = torch.compiler.disable(getattr(DeferredLogits, _name).__func__)
     setattr(DeferredLogits, _name, classmethod(_eager))
