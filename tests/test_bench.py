@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 
-from crosscut.bench import BenchError, contenders, measure, results, truth, workloads
+from crosscut.bench import BenchError, contenders, measure, report, results, truth, workloads
 from crosscut.bench.contenders import Contender, Grade
 from crosscut.bench.measure import Yardsticks
 from crosscut.bench.progress import Silent
@@ -107,6 +111,15 @@ def test_relative_errors() -> None:
     assert math.isnan(errors.d_classifier)
 
 
+def test_relative_errors_of_nothing() -> None:
+    """A softmax that has all its mass on the label has no gradient."""
+    nothing = Answer(loss=0.0, d_hidden=torch.zeros(1, 1), d_classifier=torch.zeros(1, 1))
+    assert truth.relative_errors(nothing, nothing) == Errors(loss=0, d_hidden=0, d_classifier=0)
+    something = replace(nothing, loss=1e-9, d_hidden=torch.ones(1, 1))
+    errors = truth.relative_errors(something, nothing)
+    assert errors == Errors(loss=math.inf, d_hidden=math.inf, d_classifier=0)
+
+
 # The gate.
 
 
@@ -189,6 +202,8 @@ def test_crosscut_is_held_to_pytorch_itself_in_low_precision() -> None:
 def test_absent_contenders_are_listed() -> None:
     result = bench(contender("far-away", plain, package="far-away", module="no_such_module"))
     assert result.rows[0].absent == "not installed: pip install far-away"
+    (line,) = (line for line in report.markdown(result).splitlines() if "Not run" in line)
+    assert line == "Not run: far-away (not installed: pip install far-away); nobody (a test)."
     assert result.rows[1].contender == "nobody"
     assert result.rows[1].absent == "a test"
     assert not result.failed
@@ -219,7 +234,7 @@ def test_choice_of_contenders() -> None:
 def test_contenders_that_need_cuda_say_so() -> None:
     known = contenders.everyone()
     for name in ("cut-cross-entropy", "liger-kernel", "quack-kernels"):
-        assert known[name].objection(small()) is not None
+        assert known[name].why_not(small()) == "needs a CUDA device, got cpu"  # installed or not
 
 
 def test_no_logits_where_they_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,6 +286,76 @@ def test_the_meter_tells_stored_logits_from_none() -> None:
     assert 0 < found["crosscut-exact"] < 1.5 * workload.logits_bytes
 
 
+# Doubts.
+
+
+@functools.cache
+def measured() -> BenchResult:
+    return bench(contender("right", plain))
+
+
+def quiet(**changes) -> BenchResult:
+    """A result that nothing speaks against."""
+    result = measured()
+    row = replace(result.rows[0], forward_backward_s=(1.0, 1.2))
+    fields = {"matmul_s": (1.0, 1.1), "cores_of_others": 0.0, "commit": "c0ffee", "rows": (row,)}
+    return replace(result, **(fields | changes))
+
+
+def test_a_quiet_run_raises_no_doubts() -> None:
+    result = quiet()
+    assert result.rows[0].spread == pytest.approx(1.2)
+    assert report.doubts(result) == []
+    assert report.doubts(replace(result, cores_of_others=None)) == []  # an older file
+
+
+def test_a_noisy_run_says_so() -> None:
+    row = quiet().rows[0]
+    wide = replace(row, contender="crosscut-auto", forward_backward_s=(1.34, 2.0, 18.2))
+    result = quiet(rows=(row, wide))
+    (line,) = report.doubts(result)
+    assert line.startswith("NOISY: times of crosscut-auto were between 1.34 s and 18.2 s. ")
+    assert "OMP_WAIT_POLICY=PASSIVE" in line
+    for text in (report.markdown(result), _printed(result)):
+        assert "NOISY: " in text
+    (line,) = report.doubts(quiet(matmul_s=(0.1, 0.2)))
+    assert line.startswith("NOISY: times of the logits matmul were between 100 ms and 200 ms. ")
+
+
+def test_a_machine_with_other_work_is_noisy() -> None:
+    result = quiet(cores_of_others=1.84)
+    result = replace(result, machine=replace(result.machine, cores=2))
+    (line,) = report.doubts(result)
+    assert line.startswith("NOISY: other processes kept 1.8 of 2 cores busy. ")
+
+
+def test_what_else_is_no_measurement() -> None:
+    once = replace(quiet().rows[0], forward_backward_s=(1.0,))
+    assert once.spread is None
+    assert [line.split(" ")[0] for line in report.doubts(quiet(rows=(once,)))] == ["ONE"]
+    assert [line.split(" ")[0] for line in report.doubts(quiet(commit="c0ffee-dirty"))] == [
+        "CHANGED"
+    ]
+
+
+def test_cpu_seconds_of_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All that is not idle, and not ours."""
+    stat = tmp_path / "stat"
+    monkeypatch.setattr(measure, "_STAT", stat)
+    monkeypatch.setattr(measure.os, "times", lambda: SimpleNamespace(user=0.5, system=0.25))
+    monkeypatch.setattr(measure.os, "sysconf", {"SC_CLK_TCK": 10}.__getitem__)
+    assert measure.cpu_seconds_of_others() is None
+    stat.write_text("cpu  1000 200 30 99999 88888 4 5 6 0 0\ncpu0 1 2 3 4 5 6 7 8 0 0\n")
+    assert measure.cpu_seconds_of_others() == 124.5 - 0.75
+
+
+def _printed(result: BenchResult) -> str:
+    console = Console(width=80, file=StringIO())
+    with console.capture() as captured:
+        console.print(report.table(result))
+    return captured.get()
+
+
 # The bare matmul, and what is written down.
 
 
@@ -309,11 +394,14 @@ def test_results_from_before_host_times(tmp_path: Path) -> None:
     assert results.load(path) == result
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 99}'])
+NOT_RESULTS = ["", "[]", "{}", '{"format": 99}', '{"format": 1}', '{"format": 1, "machine": []}']
+
+
+@pytest.mark.parametrize("content", NOT_RESULTS)
 def test_not_a_result(tmp_path: Path, content: str) -> None:
     path = tmp_path / "other.json"
     path.write_text(content)
-    with pytest.raises(BenchError, match="must be a result of crosscut bench --json"):
+    with pytest.raises(BenchError, match=r"must be a (whole )?result of crosscut bench --json"):
         results.load(path)
     with pytest.raises(BenchError, match="must be a result of crosscut bench --json"):
         results.load(tmp_path / "missing.json")

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 
@@ -14,13 +15,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import crosscut as library
+
 pytest.importorskip("typer")
 
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from crosscut import cli
-from crosscut.bench import contenders, measure, report, results
+from crosscut.bench import contenders, measure, real_head, report, results
 from crosscut.bench.contenders import Contender, Grade
 from crosscut.bench.results import BenchResult, Errors
 
@@ -64,10 +67,12 @@ def test_bench_then_report(tmp_path: Path) -> None:
         "crosscut-filtered",
         "(logits matmul)",
         "Random logits:",
-        "not run liger-kernel: not asked for",
-        "not run crosscut-exact: what crosscut-auto is in fp32",
+        "Not run: crosscut-exact (what crosscut-auto is in fp32); ",
+        "liger-kernel, quack-kernels (not asked for); pytorch-chunked (",
+        f"Result written to {saved}",
     ):
         assert text in said
+    assert said.count("Not run: ") == said.count("(not asked for)") == 1
 
     data = json.loads(saved.read_text())
     timed = [row["contender"] for row in data["rows"] if row["forward_s"]]
@@ -134,6 +139,7 @@ def test_plot(tmp_path: Path) -> None:
     crosscut(*SMALL, "--against", "none", "--json", str(saved))
     result = crosscut("report", str(saved), "--plot", str(drawn))
     assert result.exit_code == 0
+    assert f"Plot written to {drawn}" in words(result)
     assert drawn.read_bytes().startswith(b"\x89PNG")
 
 
@@ -171,6 +177,11 @@ def test_list() -> None:
         (("--repeats", "0"), "--repeats must be at least 1, got 0"),
         (("--json", "/no/such/place.json"), "--json must be in a directory that exists"),
         (("--workload", "random:D=2,V=3", "--dtype", "fp8"), "--dtype must be one of bf16, fp16"),
+        (("--json", "/"), "--json must be a file, got /, a directory"),
+        (("--plot", "run.xyz"), "--plot must end in one of .png, .svg, .pdf, got run.xyz"),
+        (("--logits-times", "nan"), "--logits-times must be a positive finite number, got nan"),
+        (("--workload", "[/x]"), "got '[/x]'"),  # brackets are words here, not markup
+        (("--json", "/no/such[a]/place.json"), "got /no/such[a]/place.json"),
     ],
 )
 def test_bad_arguments_of_bench(arguments: tuple[str, ...], message: str) -> None:
@@ -179,10 +190,63 @@ def test_bad_arguments_of_bench(arguments: tuple[str, ...], message: str) -> Non
     assert message in words(result)
 
 
+def test_a_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    result = crosscut(*SMALL, "--plot", "run.png")
+    assert result.exit_code == 2
+    assert "--plot needs matplotlib: pip install 'crosscut[bench]'" in words(result)
+
+
 def test_report_of_something_else(tmp_path: Path) -> None:
     result = crosscut("report", str(tmp_path / "nothing.json"))
     assert result.exit_code == 2
     assert "must be a result of crosscut bench --json" in words(result)
+
+
+def test_a_result_that_cannot_be_written_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cli.tempfile, "tempdir", str(tmp_path))
+    saved, save = tmp_path / "run.json", results.save
+
+    def no_room(result: BenchResult, path: Path) -> None:
+        if path == saved:
+            raise OSError(28, "No space left on device")
+        save(result, path)
+
+    monkeypatch.setattr(results, "save", no_room)
+    result = crosscut(*SMALL, "--against", "none", "--json", str(saved))
+    assert result.exit_code == 2
+    (kept,) = tmp_path.glob("crosscut-*.json")
+    assert f"No space left on device. The result is kept in {kept}" in words(result)
+    assert results.load(kept).workload.tokens == 16
+
+
+def test_a_cache_that_cannot_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    occupied = tmp_path / "file"
+    occupied.touch()
+    monkeypatch.delenv(real_head.SAVED_HEAD, raising=False)
+    monkeypatch.setenv("CROSSCUT_CACHE", str(occupied))
+    result = crosscut("bench", "--device", "cpu")
+    assert result.exit_code == 2
+    assert f"CROSSCUT_CACHE must name a directory that can be written, got {occupied}: " in (
+        words(result)
+    )
+
+
+@pytest.mark.parametrize("missing", ["numpy", "safetensors"])
+def test_what_a_real_head_needs(
+    missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where only the command line's packages are installed."""
+    monkeypatch.delenv(real_head.SAVED_HEAD, raising=False)
+    monkeypatch.setenv("CROSSCUT_CACHE", str(tmp_path))
+    monkeypatch.setitem(sys.modules, missing, None)
+    result = crosscut("bench", "--device", "cpu")
+    assert result.exit_code == 2
+    said = words(result)
+    assert f"Error: {missing} is not installed. Real heads need " in said
+    assert "pip install 'crosscut[bench]'. Random logits need nothing" in said
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])  # a GPU need not be here
@@ -194,6 +258,10 @@ def test_explain(device: str) -> None:
     (result,) = said
     assert result.exit_code == 0, result.output
     assert f"N=8192, D=2304, V=256000, bf16 on {device}" in words(result)
+    if device == "cpu":
+        assert "> blocks" in result.output
+    elif find_spec("triton") is not None:
+        assert "> triton" in result.output
     assert re.search(r"> \w+ +can serve this", result.output)
     assert peak < 2**20  # the head would be 1.2 GB
 
@@ -213,6 +281,12 @@ def test_bad_arguments_of_explain(arguments: tuple[str, ...], message: str) -> N
     result = crosscut("explain", *arguments)
     assert result.exit_code == 2
     assert message in words(result)
+
+
+def test_version() -> None:
+    result = crosscut("--version")
+    assert result.exit_code == 0
+    assert result.output == f"crosscut {library.__version__}\n"
 
 
 def test_env() -> None:

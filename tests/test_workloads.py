@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -124,6 +125,9 @@ def test_random() -> None:
         ({"name": "random:D=4,V=0"}, "with positive sizes, got 'random:D=4,V=0'"),
         ({"name": "random:D=4,W=3"}, "--workload must look like random:N=1024,D=640,V=262144"),
         ({"name": "random:N=4,D=4,V=3", "tokens": 5}, "--tokens is 5, --workload says N=4"),
+        ({"name": "random:D=4,V=1"}, "must have two classes or more, got 'random:D=4,V=1'"),
+        ({"name": "random:D=4,V=3", "logits_times": math.nan}, "finite number, got nan"),
+        ({"name": "random:D=4,V=3", "logits_times": math.inf}, "finite number, got inf"),
         ({"name": "random:D=4,V=3", "tokens": 0}, "--tokens must be at least 1, got 0"),
         ({"name": "random:D=4,V=3", "dtype": "int8"}, "--dtype must be one of bf16, fp16, fp32"),
     ],
@@ -185,6 +189,22 @@ def test_the_model_runs_once(model: SimpleNamespace) -> None:
     real_head.load(2049, Silent())  # a third window
     assert len(model.fed) == 2 + 3
     assert not list(model.cache.rglob("*.part"))
+
+
+@pytest.mark.parametrize("file", ["head", "hidden-2"])
+@pytest.mark.parametrize("size", [0, 5, 70])
+def test_a_file_that_is_not_whole_is_made_again(
+    model: SimpleNamespace, file: str, size: int
+) -> None:
+    first = real_head.load(1025, Silent())
+    (path,) = model.cache.rglob(f"{file}.safetensors")
+    whole = path.read_bytes()
+    path.unlink()  # the tensors loaded from it stay mapped
+    path.write_bytes(whole[:size])
+    again = real_head.load(1025, Silent())
+    assert len(model.fed) == 2 * 2
+    assert torch.equal(again.hidden, first.hidden)
+    assert torch.equal(again.classifier, first.classifier)
 
 
 def test_a_broken_write_leaves_nothing(model: SimpleNamespace) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -25,6 +26,7 @@ except ModuleNotFoundError as missing:
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import crosscut
@@ -32,7 +34,9 @@ from crosscut.backends import NAMES
 from crosscut.bench import BenchError, contenders, results, tune, workloads
 from crosscut.bench import report as reports
 from crosscut.bench.progress import Bars
+from crosscut.bench.results import BenchResult
 from crosscut.bench.run import Plan, run
+from crosscut.cache import writable_cache_directory
 from crosscut.kernels import tuned
 
 EXIT_FAILED_GATE, EXIT_USAGE = 1, 2
@@ -92,13 +96,30 @@ model's: what a gradient may leave out decides which kernels matter.
 _EXPLAIN_HELP = """
 Say which backend would compute a head of this shape, and why not the others.
 
-Nothing is computed and nothing large is allocated; a device that is not here can be asked about.
+Nothing is computed and nothing large is allocated; a device that is not here can be asked about: a
+GPU is then taken to be one that crosscut's kernels run on.
 
 **Examples**
 
 - `crosscut explain --tokens 8192 --hidden 2304 --vocab 256000 --dtype bf16 --device cuda`
 - `crosscut explain --policy cce --backend blocks`
 """
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"crosscut {crosscut.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_version, help="Print the version."),
+    ] = False,
+) -> None:
+    del version  # printed by its callback
 
 
 @app.command(help=_BENCH_HELP)
@@ -122,7 +143,7 @@ def bench(
     logits_times: Annotated[float, typer.Option(help="Factor of every logit.")] = 1.0,
     repeats: Annotated[
         int | None,
-        typer.Option(help="Timed runs of each contender.", show_default="3 on a CPU, 20 on a GPU"),
+        typer.Option(help="Timed runs of each contender.", show_default="5 on a CPU, 20 on a GPU"),
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
     plot: Annotated[
@@ -140,7 +161,7 @@ def bench(
         device = _device(device)
         _check_output("--json", json)
         _check_output("--plot", plot)
-        repeats = (3 if device == "cpu" else 20) if repeats is None else repeats
+        repeats = (5 if device == "cpu" else 20) if repeats is None else repeats
         if repeats < 1:
             raise BenchError(f"--repeats must be at least 1, got {repeats}")
         chosen, left_out = contenders.choose(against, device, dtype)
@@ -150,13 +171,10 @@ def bench(
         plan = Plan(contenders=chosen, left_out=left_out, repeats=repeats, command=_command())
         bars = Bars()
         result = run(workloads.make(request, bars), plan, bars)
-    except BenchError as error:
+    except (BenchError, OSError) as error:
         _fail(error)
     Console().print(reports.table(result))
-    if json is not None:
-        results.save(result, json)
-    if plot is not None:
-        reports.plot(result, plot)
+    _write(result, json, plot)
     if result.failed:
         Console(stderr=True).print("A contender's answer was wrong: see FAILED above.", style="red")
         raise typer.Exit(EXIT_FAILED_GATE)
@@ -174,11 +192,12 @@ def report(
     try:
         _check_output("--plot", plot)
         loaded = results.load(result)
-    except BenchError as error:
+        print(reports.markdown(loaded))
+        if plot is not None:
+            reports.plot(loaded, plot)
+            _written("Plot", plot)
+    except (BenchError, OSError) as error:
         _fail(error)
-    print(reports.markdown(loaded))
-    if plot is not None:
-        reports.plot(loaded, plot)
 
 
 @app.command("tune", help=_TUNE_HELP)
@@ -212,10 +231,8 @@ def tune_(
             raise BenchError(f"crosscut tune cannot run on this machine: {reason}")
         if repeats < 1:
             raise BenchError(f"--repeats must be at least 1, got {repeats}")
-        if not dry_run:  # now, not after minutes
-            tuned.path().parent.mkdir(parents=True, exist_ok=True)
-            if not os.access(tuned.path().parent, os.W_OK):
-                raise BenchError(f"{tuned.path().parent} must be writable; see --dry-run")
+        if not dry_run:
+            writable_cache_directory()  # now, not after minutes
         bars = Bars()
         request = workloads.WorkloadRequest(
             name=workload, tokens=tokens, dtype=dtype, device="cuda",
@@ -267,7 +284,9 @@ def explain(
             )
     except (BenchError, ValueError, TypeError) as error:
         _fail(error)
-    print(f"N={tokens}, D={hidden}, V={vocab}, {dtype} on {device}, policy={policy}")
+    absent = device.startswith("cuda") and not torch.cuda.is_available()
+    where = f"{device}, which is not here" if absent else device
+    print(f"N={tokens}, D={hidden}, V={vocab}, {dtype} on {where}, policy={policy}")
     print(explanation)
     if explanation.backend is None:
         raise typer.Exit(EXIT_FAILED_GATE)
@@ -349,10 +368,41 @@ def _device(name: str | None) -> str:
 
 def _check_output(option: str, path: Path | None) -> None:
     """Find out before the minutes, not after."""
-    if path is not None and not path.parent.is_dir():
+    if path is None:
+        return
+    if not path.parent.is_dir():
         raise BenchError(f"{option} must be in a directory that exists, got {path}")
-    if path is not None and option == "--plot" and find_spec("matplotlib") is None:
+    if path.is_dir():
+        raise BenchError(f"{option} must be a file, got {path}, a directory")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise BenchError(f"{option} must be a file that can be written, got {path}")
+    if option != "--plot":
+        return
+    if path.suffix.lower() not in reports.PLOT_FORMATS:
+        formats = ", ".join(reports.PLOT_FORMATS)
+        raise BenchError(f"--plot must end in one of {formats}, got {path}")
+    if find_spec("matplotlib") is None:
         raise BenchError("--plot needs matplotlib: pip install 'crosscut[bench]'")
+
+
+def _write(result: BenchResult, json: Path | None, plot: Path | None) -> None:
+    """Write what was asked for. Minutes of work are not lost to a disk that is full."""
+    try:
+        if json is not None:
+            results.save(result, json)
+            _written("Result", json)
+        if plot is not None:
+            reports.plot(result, plot)
+            _written("Plot", plot)
+    except OSError as error:
+        handle, kept = tempfile.mkstemp(prefix="crosscut-", suffix=".json")
+        os.close(handle)
+        results.save(result, Path(kept))
+        _fail(BenchError(f"{error}. The result is kept in {kept}: see crosscut report --help"))
+
+
+def _written(what: str, path: Path) -> None:
+    print(f"{what} written to {path}", file=sys.stderr)
 
 
 def _command() -> str:
@@ -360,5 +410,6 @@ def _command() -> str:
 
 
 def _fail(error: Exception) -> NoReturn:
-    Console(stderr=True).print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
+    words = Text.assemble(("Error:", "bold red"), f" {error}")  # whose brackets are no markup
+    Console(stderr=True).print(words, soft_wrap=True)
     raise typer.Exit(EXIT_USAGE)

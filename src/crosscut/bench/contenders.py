@@ -84,9 +84,11 @@ class Contender:
 
     def why_not(self, workload: Workload) -> str | None:
         """Why it cannot run the workload, or None if it can."""
+        if reason := self.objection(workload):
+            return reason
         if find_spec(self.module) is None:
             return f"not installed: pip install {self.package}"
-        return self.objection(workload)
+        return None
 
 
 def everyone() -> dict[str, Contender]:
@@ -277,10 +279,12 @@ def _needs_cuda(workload: Workload) -> str | None:
 
 
 def _quack_objection(workload: Workload) -> str | None:
+    if reason := _needs_cuda(workload):
+        return reason
     tokens = len(workload.hidden)
     if tokens % 8:
         return f"needs a number of tokens divisible by 8, got {tokens}"
-    return _needs_cuda(workload)
+    return None
 
 
 def _upcast_objection(workload: Workload) -> str | None:

@@ -13,6 +13,9 @@ it was not, a kernel that only counts cycles holds the GPU before all this, for 
 call that waits for the GPU is never ahead: it is timed with its waits. There are no gradients
 before a call, as after ``zero_grad()``.
 
+On a CPU other processes count too: what they take of it meanwhile is written down, and so is the
+spread of the repeats.
+
 Where the host is not ahead its own time counts. So it is measured too, on CUDA: how long a forward
 and backward keeps the host busy, from an idle GPU until the call returns. Where a call waits for
 the GPU, or launches more than the GPU's queue holds, the wait is part of it.
@@ -30,6 +33,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +57,8 @@ _L2_FLUSH_BYTES = 256 * 2**20
 
 _WARM_UP_SECONDS = 0.1
 """How long a GPU runs the same work before it is timed: its clock depends on what ran before."""
+
+_STAT = Path("/proc/stat")
 
 _LEADS = (0.0, 0.012, 0.024, 0.048)
 """Seconds that the GPU is held before a call, until the host was ahead. A GPU that has rested is
@@ -171,6 +177,21 @@ def host_seconds(work: Callable[[], object], device: torch.device) -> float:
     taken = _until_return(work)
     torch.cuda.synchronize(device)
     return taken
+
+
+def cpu_seconds_of_others() -> float | None:
+    """CPU time that all other processes have used since the machine started, where Linux says it.
+
+    What a hypervisor gave to other machines is part of it.
+    """
+    try:
+        every_cpu = _STAT.read_text().splitlines()[0]
+        ticks = os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError):
+        return None
+    user, nice, system, _idle, _wait, irq, softirq, steal = map(int, every_cpu.split()[1:9])
+    own = os.times()
+    return (user + nice + system + irq + softirq + steal) / ticks - own.user - own.system
 
 
 def _until_return(work: Callable[[], object]) -> float:

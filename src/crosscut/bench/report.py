@@ -23,6 +23,7 @@ _HEADINGS = (
     "contender",
     "forward",
     "forward + backward",
+    "max ÷ min",
     "÷ matmul",
     "÷ pytorch",
     "host, ms",
@@ -34,9 +35,10 @@ _HEADINGS = (
 _SHORT_HEADINGS = (
     "contender",
     "forward",
-    "with\nbackward",
-    "÷\nmatmul",
-    "÷\npytorch",
+    "with\nback-\nward",
+    "max\n÷\nmin",
+    "÷\nmat-\nmul",
+    "÷\npy-\ntorch",
     "host\nms",
     "extra\nMiB",
     "error\ndH",
@@ -44,6 +46,13 @@ _SHORT_HEADINGS = (
     "kept",
 )
 _HOST = _HEADINGS.index("host, ms")
+PLOT_FORMATS = (".png", ".svg", ".pdf")
+
+NOISY_SPREAD = 1.3
+"""The longest time of a contender over its shortest, above which neither is to be trusted."""
+
+NOISY_SHARE = 0.1
+"""Share of all CPU cores that other processes may keep busy."""
 
 
 def title(result: BenchResult) -> str:
@@ -70,17 +79,14 @@ def table(result: BenchResult) -> RenderableType:
         cells = [cell.removesuffix(" MiB") for cell in _cells(result, row)]
         grid.add_row(*cells, style="bold green" if _ours(row) else "")
     parts: list[RenderableType] = [Text(title(result)), "", grid, ""]
+    parts += [Text(line, style="bold yellow") for line in doubts(result)]
     parts += [Text(line, style="dim") for line in notes(result)]
     parts += [
         Text(f"FAILED   {row.contender}: {row.failure}", style="bold red")
         for row in result.rows
         if row.failure
     ]
-    parts += [
-        Text(f"not run  {row.contender}: {row.absent}", style="dim")
-        for row in result.rows
-        if row.absent
-    ]
+    parts += [Text(line, style="dim") for line in _absent(result)]
     return Group(*parts)
 
 
@@ -96,21 +102,49 @@ def markdown(result: BenchResult) -> str:
         name, *cells = _cells(result, row)
         name = f"**{name}**" if _ours(row) else name
         lines.append("| " + " | ".join([name, *cells]) + " |")
-    remarks = [*title(result).splitlines(), *notes(result)]
+    remarks = [*title(result).splitlines(), *doubts(result), *notes(result)]
     remarks += [f"FAILED {row.contender}: {row.failure}." for row in result.rows if row.failure]
-    absent = [f"{row.contender} ({row.absent})" for row in result.rows if row.absent]
-    if absent:
-        remarks.append("Not run: " + "; ".join(absent) + ".")
+    remarks += _absent(result)
     return "\n".join([*lines, "", *(remark + "  " for remark in remarks)]).rstrip()
+
+
+def doubts(result: BenchResult) -> list[str]:
+    """Why the times, or where they come from, are not to be trusted."""
+    times = {row.contender: row.forward_backward_s for row in _measured(result)}
+    times["the logits matmul"] = result.matmul_s
+    spreads = {name: max(of) / min(of) for name, of in times.items() if of}
+    widest = max(spreads, key=lambda name: spreads[name], default=None)
+    reasons, lines = [], []
+    if widest is not None and spreads[widest] > NOISY_SPREAD:
+        slowest, fastest = seconds(max(times[widest])), seconds(min(times[widest]))
+        reasons.append(f"times of {widest} were between {fastest} and {slowest}")
+    others, cores = result.cores_of_others or 0.0, result.machine.cores
+    if others > NOISY_SHARE * cores:
+        reasons.append(f"other processes kept {others:.1f} of {cores} cores busy")
+    if reasons:
+        lines.append(
+            f"NOISY: {', and '.join(reasons)}. Do not compare these times; run it again on a quiet "
+            "machine."
+        )
+        if result.workload.device == "cpu":
+            lines[0] += (
+                " Threads that wait for others in a busy loop suffer most: where a machine cannot "
+                "be quiet, set OMP_WAIT_POLICY=PASSIVE."
+            )
+    if any(len(of) == 1 for of in times.values()):
+        lines.append("ONE RUN of each: nothing says how far its time is to be trusted.")
+    if (result.commit or "").endswith("-dirty"):
+        lines.append("CHANGED CODE: no commit holds what was measured.")
+    return lines
 
 
 def notes(result: BenchResult) -> list[str]:
     """What the columns mean, and what to keep in mind."""
-    times = "Median times."
+    times = "Median times; max ÷ min is of forward and backward."
     if _has_host_times(result):
         times = (
-            "Median times of the GPU, with the host ahead unless a call waits for the GPU; host: "
-            "how long forward and backward keep the host busy."
+            "Median times of the GPU, with the host ahead unless a call waits for the GPU; max ÷ "
+            "min is of forward and backward; host: how long these keep the host busy."
         )
     lines = [
         f"{times} Memory beyond inputs and the two gradients. Errors are relative to a truth "
@@ -181,6 +215,16 @@ def _measured(result: BenchResult) -> list[Row]:
     return [row for row in result.rows if row.forward_backward is not None]
 
 
+def _absent(result: BenchResult) -> list[str]:
+    """In a line, who was not run: together those with the same reason."""
+    reasons: dict[str, list[str]] = {}
+    for row in result.rows:
+        if row.absent:
+            reasons.setdefault(row.absent, []).append(row.contender)
+    absent = [f"{', '.join(names)} ({reason})" for reason, names in reasons.items()]
+    return [f"Not run: {'; '.join(absent)}."] if absent else []
+
+
 def _ours(row: Row) -> bool:
     return row.contender.startswith("crosscut-")
 
@@ -192,6 +236,7 @@ def _cells(result: BenchResult, row: Row) -> list[str]:
         row.contender,
         seconds(row.forward),
         seconds(row.forward_backward),
+        _ratio(row.spread, 1.0),
         _ratio(row.forward_backward, result.matmul),
         _ratio(row.forward_backward, plain),
         _milliseconds(row.host),
@@ -222,7 +267,9 @@ def _milliseconds(value: float | None) -> str:
 
 
 def _ratio(value: float | None, unit: float | None) -> str:
-    return "" if value is None or not unit else f"{value / unit:.2f}"
+    if value is None or not unit:
+        return ""
+    return f"{value / unit:.2f}" if value / unit < 100 else f"{value / unit:.0f}"
 
 
 def _power(value: float) -> str:

@@ -74,6 +74,12 @@ class Row:
         return median(self.forward_backward_s) if self.forward_backward_s else None
 
     @property
+    def spread(self) -> float | None:
+        """The longest forward and backward over the shortest; None of fewer than two."""
+        times = self.forward_backward_s
+        return max(times) / min(times) if len(times) > 1 else None
+
+    @property
     def host(self) -> float | None:
         """Median seconds that a forward and backward keeps the host busy, None on a CPU."""
         return median(self.host_s) if self.host_s else None
@@ -122,6 +128,7 @@ class BenchResult:
         yardstick: errors of plain PyTorch in the workload's dtype.
         matmul_s: seconds of each repeat of the bare logits matmul.
         rows: the contenders, in the order of the table.
+        cores_of_others: how many CPU cores other processes kept busy while it timed, where known.
     """
 
     command: str
@@ -132,6 +139,7 @@ class BenchResult:
     yardstick: Errors
     matmul_s: tuple[float, ...]
     rows: tuple[Row, ...]
+    cores_of_others: float | None = None
 
     @property
     def matmul(self) -> float | None:
@@ -157,14 +165,19 @@ def load(path: Path) -> BenchResult:
         raise BenchError(f"{path} must be a result of crosscut bench --json: {error}") from error
     if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
         raise BenchError(f"{path} must be a result of crosscut bench --json, of format {FORMAT}")
-    return BenchResult(
-        machine=Machine(**data.pop("machine")),
-        workload=WorkloadSummary(**data.pop("workload")),
-        yardstick=Errors(**data.pop("yardstick")),
-        matmul_s=tuple(data.pop("matmul_s")),
-        rows=tuple(_row(row) for row in data.pop("rows")),
-        **data,
-    )
+    try:
+        return BenchResult(
+            machine=Machine(**data.pop("machine")),
+            workload=WorkloadSummary(**data.pop("workload")),
+            yardstick=Errors(**data.pop("yardstick")),
+            matmul_s=tuple(data.pop("matmul_s")),
+            rows=tuple(_row(row) for row in data.pop("rows")),
+            **data,
+        )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise BenchError(
+            f"{path} must be a whole result of crosscut bench --json, got {error!r}"
+        ) from error
 
 
 def _row(data: dict[str, Any]) -> Row:

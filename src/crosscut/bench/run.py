@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,7 @@ class Plan:
 
     contenders: list[Contender]
     left_out: dict[str, str] = field(default_factory=dict)
-    repeats: int = 3
+    repeats: int = 5
     command: str = ""
 
 
@@ -81,6 +82,7 @@ def run(workload: Workload, plan: Plan, progress: Progress) -> BenchResult:
             ),
             *left_out,
         ),
+        cores_of_others=times.cores_of_others,
     )
 
 
@@ -138,6 +140,7 @@ class _Times:
     forward: dict[str, list[float]]
     forward_backward: dict[str, list[float]]
     host: dict[str, list[float]]
+    cores_of_others: float | None
 
 
 def _clock(
@@ -150,6 +153,7 @@ def _clock(
     forward: dict[str, list[float]] = {name: [] for name in subjects}
     forward_backward: dict[str, list[float]] = {name: [] for name in subjects}
     host: dict[str, list[float]] = {name: [] for name in subjects}
+    start, before = time.perf_counter(), measure.cpu_seconds_of_others()
     with progress.stage("timing", repeats * (1 + len(subjects))) as step, _no_collector():
         for _ in range(repeats):
             matmul_s.append(measure.seconds(matmul, device))
@@ -161,8 +165,14 @@ def _clock(
                     host[name].append(measure.host_seconds(subject.forward_backward, device))
                 subject.forget_gradients()
                 step(name)
+    after, taken = measure.cpu_seconds_of_others(), time.perf_counter() - start
+    others = None if before is None or after is None else max(0.0, after - before) / taken
     return _Times(
-        matmul=tuple(matmul_s), forward=forward, forward_backward=forward_backward, host=host
+        matmul=tuple(matmul_s),
+        forward=forward,
+        forward_backward=forward_backward,
+        host=host,
+        cores_of_others=others,
     )
 
 

@@ -89,9 +89,9 @@ def plain_pytorch(workload: Workload, progress: Progress) -> Answer:
 
 
 def relative_errors(found: Answer, right: Answer) -> Errors:
-    """``|found - right| / |right|``; NaN where anything found is NaN."""
+    """``|found - right| / |right|``, 0 where both are 0; NaN where anything found is NaN."""
     return Errors(
-        loss=abs(found.loss - right.loss) / abs(right.loss),
+        loss=_ratio(abs(found.loss - right.loss), abs(right.loss)),
         d_hidden=_relative_error(found.d_hidden, right.d_hidden),
         d_classifier=_relative_error(found.d_classifier, right.d_classifier),
     )
@@ -105,4 +105,9 @@ def _relative_error(found: Tensor, right: Tensor) -> float:
         theirs = theirs.double()
         off += (ours.double() - theirs).square_().sum().item()
         size += theirs.square().sum().item()
-    return math.sqrt(off / size)
+    return math.sqrt(_ratio(off, size))
+
+
+def _ratio(off: float, size: float) -> float:
+    """``off / size``. A softmax with all its mass on the label has a size of 0: 0 or infinity."""
+    return off / size if size else off and off * math.inf

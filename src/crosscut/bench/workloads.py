@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -114,6 +115,10 @@ def make(request: WorkloadRequest, progress: Progress) -> Workload:
     for name, size in sizes.items():
         if size is not None and size < 1:
             raise BenchError(f"--{name} must be at least 1, got {size}")
+    if not 0 < request.logits_times < math.inf:  # NaN neither
+        raise BenchError(
+            f"--logits-times must be a positive finite number, got {request.logits_times}"
+        )
     if request.name.startswith("random:"):
         if request.hidden or request.vocab:
             raise BenchError(f"--workload {request.name} has a shape of its own: give no other")
@@ -233,4 +238,8 @@ def _random_sizes(request: WorkloadRequest) -> dict[str, int]:
     missing = [name for name in ("D", "V") if name not in sizes]
     if missing:
         raise BenchError(f"--workload must give {' and '.join(missing)}, got {request.name!r}")
+    if sizes["V"] < 2:
+        raise BenchError(
+            f"--workload must have two classes or more, got {request.name!r}: the loss of one is 0"
+        )
     return sizes

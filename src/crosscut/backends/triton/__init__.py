@@ -59,8 +59,10 @@ class TritonBackend:
             if problem.options.backend == self.name and _interpreted():
                 return None
             return f"needs a CUDA device, got {device.type}"
-        if torch.version.hip is not None or not torch.cuda.is_available():
-            return "needs an NVIDIA GPU, and there is none"
+        if torch.version.hip is not None:
+            return "needs an NVIDIA GPU, got one of AMD's"
+        if not torch.cuda.is_available():
+            return None  # no values are there: asked about a machine that has a GPU
         capability = torch.cuda.get_device_capability(device)
         if capability < _OLDEST:
             oldest, found = (".".join(map(str, pair)) for pair in (_OLDEST, capability))
