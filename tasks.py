@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The task file: everything a newcomer or CI runs, from nothing but Python 3.11.
+"""The task file: everything a newcomer or CI runs, from nothing but Python 3.11 or newer.
 
 Each task first makes ``.venv`` and installs what it needs into it, once.
 """
@@ -15,6 +15,13 @@ import sys
 import venv
 from collections.abc import Callable
 from pathlib import Path
+
+if sys.version_info < (3, 11):  # noqa: UP036 (older ones can read this file, and no more)
+    sys.exit(
+        "crosscut needs Python 3.11 or newer, and this is "
+        + ".".join(map(str, sys.version_info[:3]))
+        + ": start tasks.py with another, as in python3.12 tasks.py test"
+    )
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
@@ -49,10 +56,13 @@ def setup(_: list[str]) -> None:
     stamp = VENV / "installed.sha256"
     if stamp.exists() and stamp.read_text() == wanted:
         return
-    if not BIN.exists():
-        print("$ python -m venv", VENV, flush=True)
-        venv.create(VENV, with_pip=True)
-    pip = (BIN / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    if shutil.which("pip", path=str(BIN)) is None:  # the last thing that comes into it
+        print("$ python -m venv --clear", VENV, flush=True)
+        venv.create(VENV, clear=True, with_pip=True)
+    pip = (BIN / "python", "-m", "pip", "install", "--disable-pip-version-check")
+    if not sys.stdout.isatty():  # nobody to show bars to
+        pip += ("--quiet",)
+    print("Installing into .venv: some minutes and 2.6 GB of disk, more with CUDA", flush=True)
     run(*pip, "--upgrade", "pip>=25.1")  # the first that knows --group
     constraints = () if has_gpu() else ("--constraint", CONSTRAINTS)
     run(*pip, *constraints, "torch")
@@ -129,7 +139,10 @@ def main() -> None:
     parser.add_argument("task", choices=tasks, metavar="task")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on")
     options = parser.parse_args()
-    tasks[options.task](options.arguments)
+    try:
+        tasks[options.task](options.arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell has it; a traceback of ours says nothing
 
 
 if __name__ == "__main__":
