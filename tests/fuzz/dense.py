@@ -56,6 +56,13 @@ def evaluate(
     return of
 
 
+def logits(problem: Problem, draws: int) -> Tensor:
+    """``[draws, B, T, V]``, each where the token's target stands; the first are exact."""
+    arithmetic = Arithmetic(problem.low, draws)
+    tensors = {k: v.double() for k, v in problem.cast().items() if v.is_floating_point()}
+    return _Dense(problem, tensors, arithmetic).logits()
+
+
 def _takes_part(problem: Problem) -> Tensor:
     """Where an upstream gradient is looked at, in the shape of the upstream gradient."""
     if problem.value_axes() == "b":
@@ -79,6 +86,12 @@ class _Dense:
         rest = (0, 0) * (labels.dim() - 2)
         labels = F.pad(labels[:, self.shift :], (*rest, 0, self.shift), value=-1)
         self.labels = labels.flatten(0, 1)  # [N] or [N, K], -1 where ignored
+
+    def logits(self) -> Tensor:
+        """Over the temperature, ``[draws, B, T, V]``."""
+        options = self.problem.options
+        z = self._logits(self.a, "input", "linear_weight", "linear_bias", options)
+        return self._placed(self._tempered(z))
 
     def value(self) -> Tensor:
         """What the program gives, ``[draws, ...]``."""

@@ -156,6 +156,8 @@ class _Draw:
         hidden = self._normal(count, d)
         classifier = self._normal(v, d) * scale / math.sqrt(d)
         kind = self.rng.choice(_KINDS)
+        if self.program == "token_statistics" and self._chance(0.2):
+            kind = _grid  # ranks of equal logits
         hidden, classifier = kind(self, hidden, classifier)
         self.tensors["input"] = hidden.view(*self.shape, d)
         self.tensors["linear_weight"] = classifier

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import crosscut
-from fuzz.dense import evaluate
-from fuzz.problem import MODEL, Problem
+from fuzz.dense import evaluate, logits
+from fuzz.problem import HEADS, MODEL, Problem
 
 FACTOR = 1.5
 DEVIATIONS = 5
@@ -77,7 +77,8 @@ def run_plain(problem: Problem) -> dict[str, Tensor]:
     value = plain.value(problem, given)
     if "upstream" in given and problem.value_axes() not in ("", "b"):
         given["upstream"] = torch.where(problem.value_kept, given["upstream"], 0)
-    return _outcome(problem, {"value": value}, given)
+    ranks = plain.ranks(problem, given) if problem.option("ranks") else {}
+    return _outcome(problem, {"value": value}, given) | ranks
 
 
 def _on(problem: Problem, name: str, device: str) -> Tensor:
@@ -106,7 +107,7 @@ def _outcome(problem: Problem, scope: dict[str, Any], given: dict[str, Tensor]) 
         found[f"d_{name}"] = grad.cpu().reshape(problem.tensors[name].shape)
     for name in ("argmax", "target_rank"):
         if getattr(scope.get("found"), name, None) is not None:
-            found[name] = getattr(scope["found"], name).cpu()
+            found[name] = getattr(scope["found"], name).cpu().reshape(problem.value_kept.shape)
     return found
 
 
@@ -133,6 +134,8 @@ def judgements(problem: Problem, run: Run, *, twice: bool = True) -> Iterator[Vi
     yield from _shapes(problem, found)
     yield from _always(problem, found)
     yield from _errors(problem, found)
+    if "target_rank" in found:
+        yield from _ranks(problem, found["argmax"], found["target_rank"])
 
 
 def _sparsity(problem: Problem, found: Tensor) -> Iterator[Violation]:
@@ -187,6 +190,41 @@ def _always(problem: Problem, found: dict[str, Tensor]) -> Iterator[Violation]:
             yield Violation("value: not 0 where the target is ignored", "")
     if "d_token_weight" in found and found["d_token_weight"][~problem.value_kept].any():
         yield Violation("d_token_weight: not 0 where the target is ignored", "")
+
+
+def _ranks(problem: Problem, argmax: Tensor, rank: Tensor) -> Iterator[Violation]:
+    """Ranks of the logits up to what rounding explains; where nothing rounds, exactly."""
+    z = logits(problem, 1 + 4 * FEW)
+    kept, num_classes = problem.value_kept, z.shape[-1]
+    target = torch.where(kept, problem.tensors["target"], 0).long()[..., None]
+    z = z - z.gather(-1, target.expand(len(z), *target.shape))
+    slack = FACTOR * _explained((z[1:] - z[0]).abs()).nan_to_num(0)  # at -inf
+    exact, index = z[0], torch.arange(num_classes)
+    if _is_exact(problem):
+        least = most = ((exact > 0) | ((exact == 0) & (index < target))).sum(-1)
+        best = torch.where(exact == exact.amax(-1, keepdim=True), index, num_classes).amin(-1)
+        right = argmax == best
+    else:
+        least, most = (exact > slack).sum(-1), (exact >= -slack).sum(-1) - 1
+        at = argmax.clamp_min(0)[..., None]
+        highest = (exact - slack).amax(-1)
+        right = (exact + slack).gather(-1, at)[..., 0] >= highest
+    if (((rank < least) | (rank > most)) & kept).any() or (rank[~kept] != num_classes).any():
+        yield Violation("target_rank: wrong", f"{rank.tolist()}, right {least.tolist()}")
+    if (~right & kept).any() or (argmax[~kept] != -1).any():
+        yield Violation("argmax: wrong", f"{argmax.tolist()}")
+
+
+def _is_exact(problem: Problem) -> bool:
+    """Whether no logit is rounded on the way, in any order of the sums."""
+    if "softcap" in problem.options or problem.option("temperature", 1.0) == 0.7:
+        return False
+    tensors = problem.cast()
+    kept = tensors["input"][problem.kept].double()
+    heads = [kept, *(tensors[name].double() for name in HEADS[1:] if name in tensors)]
+    small = all(((8 * of).frac() == 0).all() and (of.abs() <= 64).all() for of in heads)
+    products = kept @ tensors["linear_weight"].double().T
+    return small and torch.equal(products, products.to(problem.low).double())
 
 
 def _errors(problem: Problem, found: dict[str, Tensor]) -> Iterator[Violation]:
@@ -270,7 +308,7 @@ def _off(error: Tensor, limit: Tensor, true: Tensor) -> str:
 
 def _explained(errors: Tensor) -> Tensor:
     """What rounding explains, of errors [draws, ...]."""
-    spread = errors.std(0) if len(errors) > 1 else 0
+    spread = errors.std(0) if len(errors) > 1 and errors.numel() else 0
     return torch.maximum(errors.mean(0) + DEVIATIONS * spread, errors.amax(0))
 
 

@@ -53,6 +53,24 @@ def value(problem: Problem, given: dict[str, Tensor]) -> Tensor:
     return policy_loss(problem.program.removeprefix("losses."), log_prob, given, _AsItIs())
 
 
+def ranks(problem: Problem, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Predicted class and rank of the target, equal logits sorted by index."""
+    option, kept = problem.option, problem.value_kept
+    z = reference.logits(
+        given["input"], given["linear_weight"], given.get("linear_bias"),
+        softcap=option("softcap"), logit_scale=option("logit_scale", 1.0),
+    )  # fmt: skip
+    z = _shifted(problem, z / option("temperature", 1.0))
+    target = torch.where(kept, given["target"], 0).long()[..., None]
+    own, index = z.gather(-1, target), torch.arange(z.shape[-1])
+    rank = ((z > own) | ((z == own) & (index < target))).sum(-1)
+    first = torch.where(z == z.amax(-1, keepdim=True), index, z.shape[-1]).amin(-1)
+    return {
+        "argmax": torch.where(kept, first, -1),
+        "target_rank": torch.where(kept, rank, z.shape[-1]),
+    }
+
+
 class _AsItIs(Arithmetic):
     """Arithmetic as PyTorch does it."""
 
