@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "README.md"]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "README.md"]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -47,7 +49,7 @@ def test_examples(page: Path) -> None:
 
 
 def test_examples_do_what_they_say() -> None:
-    names = run(ROOT / "README.md")
+    names = run(README)
     assert names["hidden"].grad.isfinite().all()
     assert names["log_prob"].shape == (4, 512)
     assert type(names["model"].lm_head) is not nn.Linear
@@ -61,6 +63,19 @@ def test_links(page: Path) -> None:
     """They lead to files that are there."""
     for link in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
         assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+def test_the_package() -> None:
+    """Its description has no link that a package index lacks; its sources are whole."""
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]
+    text = README.read_text()
+    for change in tools["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(change["pattern"], change["replacement"], text)
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert links
+    assert all(link.startswith("https://") for link in links)
+    for path in tools["build"]["targets"]["sdist"]["include"]:
+        assert (ROOT / path).exists(), path
 
 
 def test_the_tables_of_the_readme_are_those_of_its_results(

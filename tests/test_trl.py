@@ -165,7 +165,7 @@ class TestFunction:
         ):
             assert torch.equal(own, their)
         assert report.log.real == {why: 1}
-        assert f"1 calls not deferred: {why}" in str(report)
+        assert f"1 call not deferred: {why}" in str(report)
 
     def test_compiled(self):
         crosscut.patch_trl()

@@ -375,6 +375,18 @@ def test_without_a_gpu() -> None:
     assert "cannot run on this machine: it measures on an NVIDIA GPU" in words(result)
 
 
+def test_a_cache_that_cannot_be(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """Said before the minutes of measuring, not after."""
+    occupied = cache / "file"
+    occupied.touch()
+    monkeypatch.setattr(tune, "why_not", lambda: None)
+    monkeypatch.setenv("CROSSCUT_CACHE", str(occupied))
+    result = crosscut()
+    assert result.exit_code == 2
+    reason = f"CROSSCUT_CACHE must name a directory that can be written, got {occupied}: "
+    assert reason in words(result)
+
+
 def test_show_and_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "0 entries" in words(crosscut("--show"))
     tuned.write([entry(), entry(triton="3.0.0")])
