@@ -19,7 +19,6 @@ from unittest import mock
 import torch
 import triton
 from compile_kernels import NoDriver
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from crosscut.backends.protocol import HeadProblem, Needs
@@ -76,12 +75,8 @@ def main() -> None:
         launched.append(self.__name__)
         return run(self, *args, grid=grid, warmup=warmup, **options) if compiles else None
 
-    gpu: Any = NoDriver(GPUTarget("cuda", 90, 32))
+    gpu: Any = NoDriver("cuda:90")
     gpu.launcher_cls = lambda source, metadata: None
-    gpu.utils = SimpleNamespace(
-        get_device_properties=lambda device: {"max_shared_mem": 232448},
-        load_binary=lambda *arguments: (object(), 0, 100, 0, 1024),
-    )
     driver.set_active(gpu)
     triton.knobs.runtime.jit_post_compile_hook = lambda **of: compiled.append(of["fn"].name)
     with (

@@ -1,268 +1,410 @@
-"""Compile every kernel for a GPU that is not here, by calling its launcher on CPU tensors.
+"""Compile every kernel for GPUs that are not here, by calls that launch it on tensors without data.
 
-    python tests/compile_kernels.py cuda:90 bfloat16
+    python tests/compile_kernels.py --dtype bfloat16 cuda:90
 
-prints one JSON line a kernel: registers, bytes of stack, which it has if it spills, shared memory,
-whether the assembler makes matrix products wait for each other that were to run on ahead (on
-Hopper; it does so silently where it loses track of their registers), and the seconds that each part
-of the compiler took (with TRITON_ALWAYS_COMPILE=1, else nothing of what is in its cache). What is
-compiled is what a launch would be: its options, its specialisation on alignment, the tiles of the
-table. With a third word, "few", only variants with the most and with the least in them.
+prints one JSON line a kernel and set of arguments: registers, bytes of stack, which it has if it
+spills, shared memory, whether the assembler makes matrix products wait for each other that were to
+run on ahead (on Hopper; it does so silently where it loses track of their registers), and the
+seconds that each part of the compiler took (with TRITON_ALWAYS_COMPILE=1, else nothing of what is
+in its cache). What is compiled is what a launch would be: its options, its specialisation on
+alignment, the tiles that such a GPU is given. ``tf32`` is float32 that may be multiplied so.
+
+    --few       only some variants
+    --shared    stop where shared memory is known, before LLVM: in a third of the time
+
+    python tests/compile_kernels.py --table
+
+does so for every card in every dtype, of matrices that TMA does not load too, prints the most
+shared memory that each kernel takes, in KiB, and fails where a card has less. Cards that are given
+the same tiles, and that Triton has the same code for, are compiled for once.
+
+    python tests/compile_kernels.py --too-large cuda:120
+
+launches a forward there (on nothing) with Hopper's tiles, which do not fit: as ``crosscut tune``
+would, and twice as a training does. It prints one JSON line each: what was tried and launched.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
+import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 import triton
+from triton._C.libtriton import amd, nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from crosscut.kernels import tiles as tile_table
-from crosscut.kernels.tiles import Kernel
+import crosscut.kernels
+from crosscut.backends.protocol import (
+    DistillationProblem,
+    DivergenceCotangents,
+    HeadProblem,
+    Needs,
+)
+from crosscut.backends.triton import TritonBackend, compile_ahead
+from crosscut.backends.triton.distillation import compute_divergences, compute_student_gradients
+from crosscut.kernels import launch, tuned
+from crosscut.kernels.tiles import Gpu, Kernel, gpu_of, table
+from crosscut.options import HeadOptions
+
+CARDS = {  # what a program may have of shared memory, KiB, and multiprocessors
+    "cuda:80": (163, 108),
+    "cuda:86": (99, 82),
+    "cuda:89": (99, 128),
+    "cuda:90": (227, 132),
+    "cuda:100": (227, 148),
+    "cuda:103": (227, 148),
+    "cuda:120": (99, 170),
+    "cuda:121": (99, 48),
+    "hip:gfx942": (64, 304),
+}
+TENSOR_MEMORY = 512  # columns, on data centre GPUs since Blackwell
+DTYPES = ("bfloat16", "float16", "float32", "tf32")
+Call = Callable[[], object]
 
 
 class NoDriver:
-    """A driver that knows its target and launches nothing."""
+    """A driver that knows its target and launches nothing. Each target is a device of its own."""
 
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
+    def __init__(self, target: str) -> None:
+        kind, arch = target.split(":")
+        number = int(re.sub(r"\D", "", arch))
+        self.target = GPUTarget(*((kind, number, 32) if kind == "cuda" else (kind, arch, 64)))
+        self.device = torch.device("cuda", number)
+        self.shared_memory, self.multiprocessors = CARDS[target][0] * 1024, CARDS[target][1]
+        self.capability = divmod(number, 10) if kind == "cuda" else (8, 0)
+        self.family = kind, self.capability[0]  # which Triton compiles for alike
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": self.shared_memory},
+            load_binary=lambda *arguments: (object(), 0, 100, 0, 1024),
+        )
+        self.launcher_cls: Any = None
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.device.index
 
     def get_current_stream(self, device: int) -> int:
         del device
         return 0
 
 
-def main(target: str, dtype_name: str, few: str = "") -> None:
-    kind, arch = target.split(":")
-    gpu = GPUTarget(kind, int(arch) if arch.isdigit() else arch, 64 if kind == "hip" else 32)
-    capability = divmod(int(arch), 10) if kind == "cuda" else (8, 0)
-    dtype = getattr(torch, dtype_name)
-    compiled: list[tuple[str, Any]] = []
-    seconds: dict[int, dict[str, float]] = {}
+@dataclass
+class Compiled:
+    """A kernel with one set of arguments."""
+
+    name: str
+    kernel: Any
+    options: dict[str, Any]
+    seconds: dict[str, float]
+
+
+@contextmanager
+def gpu(target: str) -> Iterator[NoDriver]:
+    """As if there were such a card."""
+    card = NoDriver(target)
+    driver.set_active(card)  # type: ignore[arg-type]
+    properties = SimpleNamespace(multi_processor_count=card.multiprocessors)
+    token = launch._device_ahead.set(card.device)
+    try:
+        with (
+            mock.patch("torch.cuda.get_device_capability", return_value=card.capability),
+            mock.patch("torch.cuda.get_device_properties", return_value=properties),
+            mock.patch("crosscut.kernels.tuned.lookup", return_value=None),
+        ):
+            yield card
+    finally:
+        launch._device_ahead.reset(token)
+
+
+def compile_all(calls: list[Call], *, shared: bool = False) -> list[Compiled]:
+    """What these calls launch, compiled for the current card."""
+    found: dict[int, Compiled] = {}
+    seconds: dict[str, float] = {}
     run = triton.JITFunction.run
 
     def listen(*, times: Any, **_: Any) -> None:
         parts = {"python": times.ir_initialization, **dict(times.lowering_stages)}
-        seconds[len(compiled)] = {part: round(took / 1e6, 3) for part, took in parts.items()}
+        seconds.update({part: round(took / 1e6, 3) for part, took in parts.items()})
 
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        del grid, warmup
-        kernel = run(self, *args, grid=(1,), warmup=True, **kwargs)
-        compiled.append((self.__name__, kernel))
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        assert warmup, f"{self.__name__} was launched"
+        seconds.clear()
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        found.setdefault(id(kernel), Compiled(self.__name__, kernel, options, dict(seconds)))
 
-    def choose(kernel: Kernel, like: torch.Tensor) -> tile_table.Tiles:
-        return tile_table.table(kernel, like.dtype, capability, like.shape[1])
-
-    driver.set_active(NoDriver(gpu))
-    triton.knobs.compilation.listener = listen
-    with mock.patch.object(triton.JITFunction, "run", compile_only):
-        launch_everything(dtype, choose, step=2 if few else 1)
-    for index, (name, kernel) in enumerate(compiled):
-        found = {"kernel": name, **resources(kernel, gpu), "seconds": seconds.get(index, {})}
-        print(json.dumps(found), flush=True)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(triton.JITFunction, "run", compile_only))
+        triton.knobs.compilation.listener = listen
+        if shared:
+            stack.enter_context(only_shared_memory())
+        for call in calls:
+            call()
+    return list(found.values())
 
 
-def launch_everything(dtype: torch.dtype, choose: Any, step: int) -> None:
-    from crosscut.kernels.exact_sweep import SweepOutputs, exact_sweep
-    from crosscut.kernels.flags import flagged_first
-    from crosscut.kernels.gather_tokens import PerToken, gather_tokens
-    from crosscut.kernels.indexed_matmul import indexed_matmul
-    from crosscut.kernels.kept_rows import KeptRows, kept_rows
-    from crosscut.kernels.linear_lse import Wanted, linear_lse
-    from crosscut.kernels.move_rows import move_rows
-    from crosscut.kernels.softmax_gradient import HeadChunk, Tokens, softmax_gradient
-    from crosscut.kernels.tile_matmul import (
-        add_hidden_gradient,
-        classifier_gradient,
-        live_tiles,
+class _AllocatedError(Exception):
+    """Shared memory has been allocated."""
+
+
+@contextmanager
+def only_shared_memory() -> Iterator[None]:
+    """Compile no further than shared memory is allocated; there is no code then."""
+
+    def allocate(make_llir: Any, module: Any, metadata: dict[str, Any]) -> str:
+        def stop(passes: Any, *_: Any) -> None:
+            passes.run(module, "allocate")  # those before this one
+            raise _AllocatedError
+
+        with ExitStack() as stack:
+            for backend in (nvidia, amd):
+                of_backend = backend.passes.ttgpuir
+                stack.enter_context(mock.patch.object(of_backend, "add_to_llvmir", stop))
+            stack.enter_context(suppress(_AllocatedError))
+            make_llir(module, metadata)
+        metadata["shared"] = module.get_int_attr("ttg.shared")
+        metadata["tmem_size"] = module.get_int_attr("ttg.tensor_memory_size")
+        metadata["name"] = ""
+        return ""
+
+    def shorten(*arguments: Any) -> Any:
+        if not arguments:  # which is asked for what it does, for the cache
+            return "shared", "shared"
+        stages = arguments[1]
+        stages["llir"] = partial(allocate, stages["llir"])
+        for name in list(stages)[list(stages).index("llir") + 1 :]:
+            stages[name] = lambda module, metadata: ""
+        return None
+
+    triton.knobs.runtime.add_stages_inspection_hook = shorten
+    with tempfile.TemporaryDirectory() as cache:
+        before, triton.knobs.cache.dir = triton.knobs.cache.dir, cache
+        try:
+            yield
+        finally:
+            triton.knobs.cache.dir = before
+            triton.knobs.runtime.add_stages_inspection_hook = None
+
+
+def calls(dtype_name: str, *, few: bool = False, any_layout: bool = False) -> list[Call]:
+    """Calls that launch every kernel, with everything and with nothing else.
+
+    Args:
+        dtype_name: of DTYPES.
+        few: only some of them.
+        any_layout: also with matrices that TMA does not load.
+    """
+    dtype = torch.float32 if dtype_name == "tf32" else getattr(torch, dtype_name)
+    torch.backends.cuda.matmul.allow_tf32 = dtype_name == "tf32"
+    exact: dict[str, Any] = {"policy": "exact"}
+    capped: dict[str, Any] = {"bias": True, "softcap": 30.0}
+    some: list[dict[str, Any]] = [
+        {},
+        exact | capped | {"weight": True},
+        {"policy": "cce"},
+    ]
+    more = [
+        {"num_classes": 4096},  # whose rows of dC lend no memory
+        {"softcap": 30.0, "entropy": True, "ranks": True},
+        {"softcap": 30.0},
+        {"entropy": True},
+        {"entropy": True, "softcap": 30.0},
+        {"ranks": True},
+        exact,
+        exact | capped,
+        exact | {"weight": True},
+        exact | {"entropy": True},
+        exact | {"entropy": True, "ranks": True} | capped,
+        exact | {"several": True},
+        exact | {"several": True} | capped,
+        {"policy": "cce"} | capped,
+        {"policy": "cce_kahan_full_e"},
+        {"policy": "cce_kahan_full_c", "weight": True} | capped,
+    ]
+    new = partial(problem, dtype=dtype)
+    layouts: list[dict[str, Any]] = [{}]
+    variants = some
+    if not few:
+        layouts += [{"hidden_size": 640}]  # which has tiles of its own
+        variants = some + more
+    if any_layout:
+        layouts += [{"hidden_size": 1001}, {"transposed": True}]
+    found: list[Call] = [
+        partial(head_call, new(**options, **layout)) for layout in layouts for options in variants
+    ]
+    if dtype != torch.float16:
+        pair = new(**capped), new(hidden_size=2048, **capped)
+        found.append(partial(distil, "js", 2.0, *pair))
+        for kind in () if few else ("js", "forward", "reverse"):
+            found += [partial(distil, kind, None, new(**layout), new()) for layout in layouts]
+    return found
+
+
+def print_table(*, few: bool) -> None:
+    """The most shared memory that each kernel takes on each card; all of it must fit."""
+    most: dict[tuple[str, str], int] = {}
+    alike: dict[Hashable, str] = {}
+    for name in CARDS:
+        with gpu(name) as card:
+            kind = card.family, tiles_of(card)
+            if other := alike.get(kind):
+                most.update({(kernel, name): most[kernel, other] for kernel in every_kernel()})
+                continue
+            alike[kind] = name
+            for dtype in DTYPES:
+                some = few or dtype in ("float16", "tf32")  # as bfloat16 and float32
+                layouts = dtype == "bfloat16" or not few
+                found = compile_all(calls(dtype, few=some, any_layout=layouts), shared=True)
+                print(name, dtype, len(found), file=sys.stderr, flush=True)
+                for one in found:
+                    metadata = one.kernel.metadata
+                    key = one.name, name
+                    most[key] = max(most.get(key, 0), metadata.shared)
+                    assert (metadata.tmem_size or 0) <= TENSOR_MEMORY, (*key, dtype, one.options)
+        missing = [kernel for kernel in every_kernel() if (kernel, name) not in most]
+        assert not missing, f"no call launches {missing}"
+    names = [name.split(":")[1] for name in CARDS]
+    print(f"{'':28}" + "".join(f"{name:>8}" for name in names))
+    for kernel in sorted(every_kernel()):
+        kib = "".join(f"{most[kernel, name] / 1024:8.1f}" for name in CARDS)
+        print(f"{kernel:28}{kib}")
+    limits = {name: of_card[0] for name, of_card in CARDS.items()}
+    print(f"{'the card has':28}" + "".join(f"{limit:8.1f}" for limit in limits.values()))
+    too_large = {key: size for key, size in most.items() if size > 1024 * limits[key[1]]}
+    assert not too_large, too_large
+
+
+def tiles_of(card: NoDriver) -> Hashable:
+    """All that the table has for a card."""
+    return tuple(
+        table(kernel, dtype, gpu_of(card.device), hidden_size, tf32=tf32)
+        for kernel in Kernel
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for hidden_size in (640, 1024)
+        for tf32 in (False, True)
     )
-    from crosscut.kernels.tiles import Head
-
-    n, d, v = 256, 1024, 512
-    hidden, classifier = torch.zeros(n, d, dtype=dtype), torch.zeros(v, d, dtype=dtype)
-    bias, weight = torch.zeros(v, dtype=dtype), torch.zeros(v)
-    labels, index = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int32)
-    kept_rows(labels)
-    kept = KeptRows(index[:1], index, index)
-    vector = torch.zeros(n)
-    for lift in (None, vector[0]):
-        for some, other in ((None, None), (vector, None), (vector, vector)):
-            of_tokens = PerToken(labels, vector, other, vector, vector, some, other)
-            gather_tokens(hidden, of_tokens, kept, lift, multiple=128)
-    of_tokens = PerToken(None, vector, None, vector, None, None, None)
-    gather_tokens(hidden, of_tokens, kept, None, multiple=128)
-    move_rows(torch.empty_like(hidden), hidden, index, torch.ones(1))
-    move_rows(torch.empty_like(hidden), torch.zeros(n, d), index, torch.ones(1))
-    tokens = Tokens(index[:1], hidden, labels, torch.zeros(n, 4))
-    dz, alive = torch.zeros(n, v, dtype=dtype), torch.zeros(2, 4, dtype=torch.int8)
-    live = live_tiles(alive)
-    heads = (None, None, None), (bias, None, 30.0), (bias, weight, 30.0)
-    for b, w, softcap in heads[::step]:
-        head = Head(hidden, classifier, b, 1.0, softcap)
-        indexed_matmul(head, labels)
-        tiles = choose(Kernel.LSE if w is None else Kernel.WEIGHTED_LSE, hidden)
-        linear_lse(head, kept, tiles, Wanted(logit_weight=w))
-        sums = None if b is None else torch.zeros(v)
-        low = None if dtype == torch.float32 else hidden
-        out = SweepOutputs(index, torch.empty_like(hidden), low, torch.empty_like(classifier), sums)
-        for like in (hidden, hidden[:, :640]):  # whose tiles are others
-            tiles = choose(Kernel.GRADIENT, like), choose(Kernel.MATMUL, like)
-            exact_sweep(head, w, tokens, out, dz, range(v), torch.ones(1), *tiles)
-        chunk, options = HeadChunk(0, classifier, b, w), {"logit_scale": 1.0, "softcap": softcap}
-        softmax_gradient(dz, tokens, chunk, choose(Kernel.GRADIENT, hidden), **options)
-        tiles = choose(Kernel.FILTER, hidden)
-        softmax_gradient(dz, tokens, chunk, tiles, alive=alive if w is None else None, **options)
-    for some, kernel in ((None, Kernel.MATMUL), (live, Kernel.LIVE_MATMUL)):
-        tiles = choose(kernel, hidden)
-        classifier_gradient(
-            torch.empty_like(classifier), dz, hidden, index[:1], some, tiles,
-            scale=torch.ones(1), out_rows=None if some is None else labels,
-        )  # fmt: skip
-        add_hidden_gradient(torch.zeros(n, d), dz, classifier, index[:1], some, tiles)
-    for b, softcap in ((None, None), (None, 30.0), (bias, 30.0))[::step]:
-        launch_others(Head(hidden, classifier, b, 1.0, softcap), tokens, kept, dz, choose)
-    launch_divergence(dtype, choose, ("js", "forward", "reverse")[: 3 // step])
-    if dtype != torch.float32:
-        flags = torch.zeros(v, dtype=torch.int8)
-        flagged_first(flags, 32)
-        for softcap in (None, 30.0):
-            launch_filtered(Head(hidden, classifier, None, 1.0, softcap), tokens, kept, choose)
 
 
-def launch_divergence(dtype: torch.dtype, choose: Any, kinds: tuple[str, ...]) -> None:
-    """With everything and with nothing else."""
-    from crosscut.kernels.divergence import Pair, divergence, divergence_gradient
-    from crosscut.kernels.kept_rows import KeptRows
-    from crosscut.kernels.tiles import Head
+def launch_too_large(card: NoDriver) -> None:
+    """Launch a forward with tiles that do not fit."""
+    tried: list[tuple[str, int]] = []
+    launched: list[tuple[str, int]] = []
+    run = triton.JITFunction.run
 
-    n, v = 256, 512
-    labels, index = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int32)
-    dz, bias = torch.zeros(n, v, dtype=dtype), torch.zeros(v, dtype=dtype)
-    for kind in kinds:
-        for b, softcap, temperature in ((None, None, None), (bias, 30.0, 2.0)):
-            student, teacher = (
-                Head(
-                    torch.zeros(n, d, dtype=dtype), torch.zeros(v, d, dtype=dtype), b, 1.0, softcap
-                )
-                for d in (1024, 2048)
-            )
-            pair = Pair(student, teacher, kind, 0.5, temperature)
-            tiles = choose(Kernel.DIVERGENCE, student.hidden)
-            divergence(pair, KeptRows(index[:1], index, index), tiles)
-            tiles = choose(Kernel.DIVERGENCE_GRADIENT, student.hidden)
-            tokens = index[:1], labels, torch.zeros(n, 7)
-            divergence_gradient(dz, pair, slice(0, v), tokens, tiles)
+    def record(self: Any, *args: Any, **options: Any) -> Any:
+        tried.append((self.__name__, options.get("num_stages", 0)))
+        return run(self, *args, **options)
 
+    def launcher(source: Any, metadata: Any) -> Any:
+        return lambda *arguments: launched.append((source.fn.__name__, metadata.shared))
 
-def launch_others(head: Any, tokens: Any, kept: Any, dz: torch.Tensor, choose: Any) -> None:
-    """Entropy, ranks, and several targets."""
-    from crosscut.kernels.exact_sweep import SweepOutputs, exact_sweep
-    from crosscut.kernels.indexed_matmul import indexed_matmul
-    from crosscut.kernels.linear_lse import Wanted, linear_lse
-    from crosscut.kernels.softmax_gradient import HeadChunk, softmax_gradient
+    def launched_for_real(self: Any, grid: Any) -> Any:
+        return partial(self.run, grid=grid, warmup=False)
 
-    hidden = head.hidden
-    n = len(hidden)
-    target = tokens.labels, torch.zeros(n)
-    linear_lse(head, kept, choose(Kernel.LSE, hidden), Wanted(entropy=True))
-    for entropy in (False, True):
-        wanted = Wanted(entropy=entropy, target=target)
-        linear_lse(head, kept, choose(Kernel.WEIGHTED_LSE, hidden), wanted)
-    several = torch.zeros(n, 4, dtype=torch.int64)
-    indexed_matmul(head, several)
-    sums = None if head.bias is None else torch.zeros(len(head.bias))
-    low = None if hidden.dtype == torch.float32 else hidden
-    d_classifier = torch.empty_like(head.classifier)
-    for some in (
-        tokens._replace(vectors=torch.zeros(n, 5)),
-        tokens._replace(labels=several, d_targets=torch.zeros(n, 4)),
+    card.launcher_cls = launcher
+    head = problem(dtype=torch.bfloat16, policy="exact")
+    like = TritonBackend().forward_like(head, for_backward=False)
+    with (
+        mock.patch("crosscut.kernels.tiles.gpu_of", return_value=Gpu((9, 0), 227 * 1024)),
+        mock.patch.object(launch._Kernel, "__getitem__", launched_for_real),
+        mock.patch.object(triton.JITFunction, "run", record),
+        only_shared_memory(),
     ):
-        total = hidden, low
-        if some.vectors.shape[1] == 5:
-            total = torch.zeros(n, hidden.shape[1]), None
-        out = SweepOutputs(kept.rows, *total, d_classifier, sums)
-        for like in (hidden[:, :640], hidden):
-            tiles = choose(Kernel.GRADIENT, like), choose(Kernel.MATMUL, like)
-            classes = range(len(head.classifier))
-            exact_sweep(head, None, some, out, dz, classes, torch.ones(1), *tiles)
-        softmax_gradient(
-            dz, some, HeadChunk(0, head.classifier, head.bias, None), tiles[0],
-            logit_scale=1.0, softcap=head.softcap,
-        )  # fmt: skip
+        for trial in (tuned.trial({}), nullcontext(), nullcontext()):
+            error = ""
+            try:
+                with trial:
+                    compile_ahead._call(head, like, None, (False,))
+            except triton.OutOfResources as caught:
+                error = str(caught)
+            print(json.dumps({"tried": tried, "launched": launched, "error": error}), flush=True)
+            tried.clear()
+            launched.clear()
 
 
-def launch_filtered(head: Any, tokens: Any, kept: Any, choose: Any) -> None:
-    from crosscut.kernels.entry_matmul import classifier_rows, list_entries
-    from crosscut.kernels.indexed_matmul import indexed_matmul
-    from crosscut.kernels.kept_pairs import kept_pairs
-    from crosscut.kernels.linear_lse import Columns, Wanted, linear_lse
-    from crosscut.kernels.pair_gradient import pair_gradient, tail_of_tokens
-    from crosscut.kernels.pair_matmul import hidden_rows, late_rows, popular_head, popular_rows
-    from crosscut.kernels.scratch import Scratch
-
-    hidden, classifier = head.hidden, head.classifier
-    tiles = choose(Kernel.PAIRS, hidden)
-    blocks, scale = len(hidden) // tiles.block_n, torch.ones(1)
-    mass = torch.zeros(blocks, len(classifier), dtype=torch.bfloat16)
-    narrow = hidden[:, :640]  # whose tiles are others
-    entropy = Kernel.MASS_LSE if head.softcap is None else Kernel.WEIGHTED_LSE
-    target = tokens.labels, torch.zeros(len(hidden))
-    for kernel, like, wanted in (
-        (Kernel.MASS_LSE, hidden, None),
-        (Kernel.MASS_LSE, narrow, None),
-        (entropy, hidden, Wanted(entropy=True)),
-        (entropy, narrow, Wanted(entropy=True)),
-        (Kernel.WEIGHTED_LSE, hidden, Wanted(entropy=True, target=target)),
-    ):
-        columns = Columns(mass, tokens.labels, torch.zeros(len(hidden)), 2.0**-12)
-        linear_lse(head, kept, choose(kernel, like), wanted, columns)
-    indexed_matmul(head, tokens.labels, torch.zeros(len(classifier), dtype=torch.int8))
-    scratch, v = Scratch(hidden.device), len(classifier)
-    pairs = kept_pairs(
-        mass, kept.count, torch.empty_like(mass), scratch, block_n=tiles.block_n,
-        num_slots=4 * tiles.block_v, block_slots=tiles.block_v, most_tail=1.0,
-        most_popular=v, late_from=v, most_late=0,
-    )  # fmt: skip
-    of_popular = torch.empty(v, hidden.shape[1], dtype=hidden.dtype)
-    popular_head(of_popular, classifier, pairs, block_slots=tiles.block_v)
-    gradient = pair_gradient(
-        head, tokens, pairs, of_popular, scratch, tiles, mass_unit=2.0**-12, entry=2.0**-13
+def problem(
+    *,
+    dtype: torch.dtype,
+    hidden_size: int = 1024,
+    num_classes: int = 2**18,
+    transposed: bool = False,
+    bias: bool = False,
+    weight: bool = False,
+    several: bool = False,
+    entropy: bool = False,
+    ranks: bool = False,
+    **options: Any,
+) -> HeadProblem:
+    """512 tokens, without data."""
+    new = partial(torch.empty, device="meta")
+    classifier = new(num_classes, hidden_size, dtype=dtype)
+    return HeadProblem(
+        hidden=new(512, hidden_size, dtype=dtype),
+        classifier=torch.empty_like(classifier.t()).t() if transposed else classifier,
+        bias=new(num_classes, dtype=dtype) if bias else None,
+        labels=new((512, 3) if several else 512, dtype=torch.int64),
+        logit_weight=new(num_classes) if weight else None,
+        options=HeadOptions(**options),
+        entropy=entropy,
+        ranks=ranks,
     )
-    slopes = None if head.softcap is None else (torch.zeros(len(hidden)), kept.rows)
-    by_token, by_block = tail_of_tokens(tokens, slopes, pairs, gradient, tiles)
-    rows = torch.zeros(blocks, hidden.shape[1])
-    hidden_rows(
-        torch.empty_like(hidden), tokens, kept.rows, gradient.dz, classifier, of_popular, pairs,
-        (by_token, rows), scale, choose(Kernel.PAIR_MATMUL, hidden),
-    )  # fmt: skip
-    tail, out = (mass, by_block), torch.empty_like(classifier)
-    entries = list_entries(kept.count, tokens, pairs, gradient, scratch, most=1024, entry=2.0**-13)
-    tiles = choose(Kernel.ENTRY_MATMUL, hidden)
-    classifier_rows(out, range(v), tokens, entries, pairs, tail, scale, tiles)
-    tiles = choose(Kernel.POPULAR_MATMUL, hidden)
-    for late in (None, out):
-        popular_rows(out, late, tokens, gradient.dz, pairs, scale, tiles)
-    late_rows(out, out, tokens, pairs)
 
 
-def resources(kernel: Any, gpu: GPUTarget) -> dict[str, int]:
-    found = {"shared": kernel.metadata.shared}
-    if gpu.backend != "cuda":
+def head_call(head: HeadProblem) -> None:
+    """Forward and backward."""
+    like = TritonBackend().forward_like(head, for_backward=True)
+    needs = Needs(True, True, head.bias is not None)
+    compile_ahead._call(head, like, needs, (False, True) if head.entropy else (False,))
+
+
+def distil(
+    divergence: str, temperature: float | None, student: HeadProblem, teacher: HeadProblem
+) -> None:
+    """Forward and backward."""
+    pair = DistillationProblem(
+        student=student, teacher=teacher, divergence=divergence, beta=0.5, temperature=temperature
+    )
+    found = compute_divergences(pair)
+    hard = None if temperature is None else found.hard_lse
+    cotangents = DivergenceCotangents(found.divergence, hard, hard)
+    compute_student_gradients(pair, found, cotangents, Needs(True, True, student.bias is not None))
+
+
+def every_kernel() -> set[str]:
+    """Their names."""
+    modules = [
+        importlib.import_module(f"crosscut.kernels.{module.name}")
+        for module in pkgutil.iter_modules(crosscut.kernels.__path__)
+    ]
+    return {
+        name
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, launch._Kernel)
+    }
+
+
+def resources(kernel: Any) -> dict[str, Any]:
+    """What the machine code takes."""
+    found: dict[str, Any] = {}
+    if not kernel.asm.get("cubin"):
         return found
     with tempfile.NamedTemporaryFile() as cubin:
         cubin.write(kernel.asm["cubin"])
@@ -286,5 +428,36 @@ def run_tool(name: str, *arguments: str) -> str:
     ).stdout  # fmt: skip
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("cards", nargs="*", choices=[*CARDS, []], metavar="CARD")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    for option in ("few", "shared", "table", "too-large"):
+        parser.add_argument(f"--{option}", action="store_true")
+    wanted = parser.parse_args()
+    if wanted.table:
+        print_table(few=wanted.few)
+        return
+    for name in wanted.cards:
+        with gpu(name) as card:
+            if wanted.too_large:
+                launch_too_large(card)
+                continue
+            for compiled in compile_all(calls(wanted.dtype, few=wanted.few), shared=wanted.shared):
+                metadata = compiled.kernel.metadata
+                line = {
+                    "card": name,
+                    "kernel": compiled.name,
+                    "shared": metadata.shared,
+                    "tensor_memory": getattr(metadata, "tmem_size", None) or 0,
+                    **resources(compiled.kernel),
+                    "options": compiled.options,
+                    "seconds": compiled.seconds,
+                }
+                print(json.dumps(line), flush=True)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -24,10 +24,12 @@ from crosscut.bench import BenchError, tune, workloads
 from crosscut.bench.progress import Silent
 from crosscut.cache import cache_directory
 from crosscut.kernels import tiles, tuned
-from crosscut.kernels.tiles import Kernel, Tiles, choose_tiles, table, tuning_key
+from crosscut.kernels.tiles import Gpu, Kernel, Tiles, choose_tiles, table, tuning_key
 from crosscut.kernels.tuned import Sizes, Winner
 
 GPU = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, multi_processor_count=132)
+A100, H100 = Gpu((8, 0), 163 * 1024), Gpu((9, 0), 227 * 1024)
+B200, RTX5090 = Gpu((10, 0), 227 * 1024), Gpu((12, 0), 99 * 1024)
 DEVICE = torch.device("cuda", 0)
 BF16 = torch.bfloat16
 WON = Sizes(128, 128, 32, 4, 5, 2)
@@ -38,12 +40,10 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A machine with an H100 and nothing tuned yet."""
     monkeypatch.setenv("CROSSCUT_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: GPU)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    for cached in (tuned._winners, tiles._capability):
-        cached.cache_clear()
+    monkeypatch.setattr(tiles, "gpu_of", lambda device: H100)
+    tuned._winners.cache_clear()
     yield tmp_path
-    for cached in (tuned._winners, tiles._capability):
-        cached.cache_clear()
+    tuned._winners.cache_clear()
 
 
 def entry(**changes: Any) -> Winner:
@@ -61,7 +61,7 @@ def chosen(
 
 
 def of_table(kernel: Kernel = Kernel.LSE, dtype: torch.dtype = BF16) -> Tiles:
-    return table(kernel, dtype, (9, 0), 2304)
+    return table(kernel, dtype, H100, 2304)
 
 
 def sizes_of(tiles: Tiles) -> Sizes:
@@ -223,11 +223,11 @@ def test_sizes_that_do_not_run_end_it() -> None:
         tune.search(plan(Kernel.LSE), meter, Silent())
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+@pytest.mark.parametrize("gpu", [A100, H100, B200, RTX5090])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("hidden_size", [640, 2304])
 def test_alternatives_keep_what_kernels_share(
-    hidden_size: int, dtype: torch.dtype, capability: tuple[int, int]
+    hidden_size: int, dtype: torch.dtype, gpu: Gpu
 ) -> None:
     kernels = [Kernel.LSE, Kernel.GRADIENT, Kernel.MATMUL]
     if dtype != torch.float32:
@@ -235,7 +235,7 @@ def test_alternatives_keep_what_kernels_share(
             Kernel.MASS_LSE, Kernel.PAIRS, Kernel.PAIR_MATMUL, Kernel.POPULAR_MATMUL,
             Kernel.ENTRY_MATMUL,
         ]  # fmt: skip
-    tiles = {kernel: table(kernel, dtype, capability, hidden_size) for kernel in kernels}
+    tiles = {kernel: table(kernel, dtype, gpu, hidden_size) for kernel in kernels}
     sizes = {kernel: sizes_of(tiles[kernel]) for kernel in kernels}
     tried = {kernel: tune.alternatives(kernel, dtype, sizes[kernel]) for kernel in kernels}
     for kernel in kernels:

@@ -150,7 +150,7 @@ def plan_for(workload: Workload) -> Plan:
     Not the kernels of the paper's filter, which are for comparison. Those of ``"auto"`` only where
     it leaves anything out: else they have nothing to do.
     """
-    from crosscut.kernels.tiles import Kernel, table
+    from crosscut.kernels.tiles import Kernel, gpu_of, table
 
     kept = crosscut.gradient_sparsity(workload.hidden, workload.classifier, workload.labels).kept
     of_auto = (
@@ -159,9 +159,9 @@ def plan_for(workload: Workload) -> Plan:
     )  # fmt: skip
     policies: dict[Kernel, str] = dict.fromkeys(of_auto if kept < 1 else (), "auto")
     policies |= dict.fromkeys((Kernel.LSE, Kernel.GRADIENT, Kernel.MATMUL), "exact")
-    dtype, capability = workload.hidden.dtype, torch.cuda.get_device_capability()
+    dtype, gpu = workload.hidden.dtype, gpu_of(workload.hidden.device)
     tiles = {
-        kernel: table(kernel, dtype, capability, workload.hidden.shape[1], tf32=_tf32(dtype))
+        kernel: table(kernel, dtype, gpu, workload.hidden.shape[1], tf32=_tf32(dtype))
         for kernel in policies
     }
     return Plan(

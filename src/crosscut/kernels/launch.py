@@ -7,13 +7,18 @@ compiled together.
 
     ahead(device, lambda: everything(tensors_on_meta))
     everything(tensors)
+
+A launch that asks for more shared memory than the GPU has loads fewer steps ahead: slower, with the
+same result to the bit, where Triton would raise an error in the middle of a training. Tables of
+tiles are made so that it does not happen (tests compile all of them for every kind of GPU); who
+brings other tiles or another compiler is not to lose a run.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import Context, ContextVar
 from typing import Any
@@ -21,6 +26,9 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.runtime import driver
+
+from crosscut.kernels import tuned
 
 CAN_COMPILE_AHEAD = (
     not triton.knobs.runtime.interpret
@@ -58,10 +66,30 @@ def like_or(like: Tensor, make: Callable[[], Tensor]) -> Tensor:
 
 
 class _Kernel(triton.JITFunction):
-    """A kernel whose launch only compiles it, within :func:`ahead`."""
+    """A kernel whose launch fits, if it can, and only compiles it within :func:`ahead`."""
+
+    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
+        super().__init__(function, **options)
+        self._num_stages: dict[Hashable, int] = {}  # of launches that do not fit with those asked
 
     def __getitem__(self, grid: Any) -> Any:
         return functools.partial(self.run, grid=grid, warmup=_device_ahead.get() is not None)
+
+    def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        """Launch with as many stages as asked for, or as fit; which is found out once."""
+        if tuned.on_trial():  # `crosscut tune` rejects what does not fit
+            return super().run(*args, grid=grid, warmup=warmup, **options)
+        kind = driver.active.get_current_device(), *options.items()
+        if kind in self._num_stages:
+            options["num_stages"] = self._num_stages[kind]
+        while True:
+            try:
+                return super().run(*args, grid=grid, warmup=warmup, **options)
+            except triton.OutOfResources:
+                if options.get("num_stages", 1) == 1:
+                    raise
+            options["num_stages"] -= 1
+            self._num_stages[kind] = options["num_stages"]
 
 
 def kernel(function: Callable[..., Any]) -> Any:

@@ -91,10 +91,28 @@ class Tiles:
         return self.block_n, self.block_v, self.block_d, self.precision
 
 
+WIDE = 227 * 1024
+"""Shared memory of Hopper's and Blackwell's data centre GPUs, for which their tiles are."""
+
+
+class Gpu(NamedTuple):
+    """What the table goes by."""
+
+    capability: tuple[int, int]
+    shared_memory: int  # bytes that a program may have at most
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> Gpu:
+    """What a CUDA device is."""
+    limits = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+    return Gpu(torch.cuda.get_device_capability(device), limits["max_shared_mem"])
+
+
 def table(
     kernel: Kernel,
     dtype: torch.dtype,
-    capability: tuple[int, int],
+    gpu: Gpu,
     hidden_size: int,
     *,
     tf32: bool = False,
@@ -108,6 +126,7 @@ def table(
             num_warps=num_warps, num_stages=num_stages, **rest,
         )  # fmt: skip
 
+    wide = gpu.capability >= (9, 0) and gpu.shared_memory >= WIDE
     if dtype == torch.float32:
         precision = "tf32" if tf32 else "ieee"
         if kernel == Kernel.LIVE_MATMUL:
@@ -118,19 +137,18 @@ def table(
             return tiles(128, 128, 32, 8, 3, precision=precision)
         return tiles(64, 64, 32, 8, 2)  # no tensor cores: registers are what is short
     if kernel == Kernel.LIVE_MATMUL:
-        block_v = 256 if capability >= (9, 0) else 64
-        return tiles(128, block_v, 128, 8, 2, descriptors=capability >= (9, 0))
+        return tiles(128, 256 if wide else 64, 128, 8, 2, descriptors=wide)
     if kernel == Kernel.ENTRY_MATMUL:
-        return tiles(64, 256 if capability >= (9, 0) else 128, 64, 4, 1)
-    if kernel == Kernel.PAIRS and capability >= (10, 0):
+        return tiles(64, 256 if wide else 128, 64, 4, 1)
+    if kernel == Kernel.PAIRS and wide and gpu.capability >= (10, 0):
         return tiles(128, 128, 64, 8, 3, descriptors=True)
-    if kernel == Kernel.PAIR_MATMUL and capability >= (9, 0):
+    if kernel == Kernel.PAIR_MATMUL and wide:
         return tiles(128, 256, 64, 8, 3, descriptors=True)
     if kernel in (Kernel.DIVERGENCE, Kernel.DIVERGENCE_GRADIENT):
-        if capability >= (9, 0):
+        if wide:
             return tiles(128, 128, 64, 8, 4, descriptors=True)
         return tiles(128, 64, 64, 8, 3)
-    if capability >= (9, 0):
+    if wide:
         if hidden_size <= 768:  # tiles are finished after few steps
             if kernel == Kernel.MASS_LSE:
                 return tiles(128, 128, 64, 4, 3, descriptors=True, programs=2)
@@ -175,7 +193,7 @@ def choose_tiles(kernel: Kernel, like: Tensor) -> Tiles:
             precision="upcast", descriptors=True,
         )  # fmt: skip
     tf32 = like.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    tiles = table(kernel, like.dtype, _capability(device), like.shape[-1], tf32=tf32)
+    tiles = table(kernel, like.dtype, gpu_of(device), like.shape[-1], tf32=tf32)
     sizes = tuned.lookup(device, tuning_key(kernel, like.dtype, tf32, like.shape[-1]))
     return tiles if sizes is None else replace(tiles, **sizes._asdict())
 
@@ -183,11 +201,6 @@ def choose_tiles(kernel: Kernel, like: Tensor) -> Tiles:
 def tuning_key(kernel: Kernel, dtype: torch.dtype, tf32: bool, hidden_size: int) -> tuned.Key:
     """What a kernel's tuned sizes are found by."""
     return tuned.Key(kernel.value, str(dtype).removeprefix("torch."), tf32, hidden_size)
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 def has_descriptor(matrix: Tensor) -> bool:

@@ -163,6 +163,11 @@ def trial(winners: Mapping[Key, Sizes]) -> Iterator[None]:
         _on_trial = before
 
 
+def on_trial() -> bool:
+    """Whether sizes are being tried, by ``crosscut tune``: then one that is no good is to fail."""
+    return _on_trial is not None
+
+
 @functools.cache
 def _winners(device: torch.device) -> dict[Key, Sizes]:
     """What the file has for this device; a warning where it has something and it is no good."""
