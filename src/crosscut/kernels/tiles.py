@@ -1,4 +1,4 @@
-"""What the kernels share: tile sizes by architecture, and one tile of logits.
+"""What the kernels share: tile sizes by GPU, and one tile of logits.
 
 A tile of logits is BLOCK_N tokens x BLOCK_V classes, the product of BLOCK_N rows of H and BLOCK_V
 rows of C, summed over steps of BLOCK_D in float32 registers:
@@ -92,7 +92,7 @@ class Tiles:
 
 
 WIDE = 227 * 1024
-"""Shared memory of Hopper's and Blackwell's data centre GPUs, for which their tiles are."""
+"""Bytes of shared memory that wide tiles are for: Hopper's, and Blackwell's in data centres."""
 
 
 class Gpu(NamedTuple):
@@ -117,7 +117,7 @@ def table(
     *,
     tf32: bool = False,
 ) -> Tiles:
-    """The tiles measured best: by kernel, dtype, compute capability of the GPU and hidden size."""
+    """The tiles measured best: by kernel, dtype, GPU and hidden size."""
 
     def tiles(*sizes: int, **rest: Any) -> Tiles:
         block_n, block_v, block_d, num_warps, num_stages = sizes
@@ -159,7 +159,7 @@ def table(
         block_v = 128 if kernel == Kernel.WEIGHTED_LSE else 256  # more would spill
         stages = 3 if kernel in (Kernel.WEIGHTED_LSE, Kernel.MATMUL) else 4
         return tiles(128, block_v, 64, 8, stages, descriptors=True)
-    return tiles(128, 128, 64, 8, 3)  # 96 KiB of shared memory: fits every GPU since Ampere
+    return tiles(128, 128, 64, 8, 3)  # up to 68 KiB of shared memory: fits every GPU since Ampere
 
 
 class Head(NamedTuple):
