@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -277,6 +278,16 @@ def test_teacher_in_another_dtype(divergence):
     judge(head, low, divergence=divergence)
 
 
+def test_autocast_of_a_teacher_whose_dtypes_differ():
+    """As autocast lets those of any linear layer."""
+    head = make_head((40, 8, 300), torch.float32)
+    teacher = make_teacher((40,), 6, 300, torch.float32)
+    low = [x.bfloat16() for x in (head.input, head.linear_weight, teacher.input, teacher.weight)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = crosscut.linear_kl_div(low[0], head.linear_weight, low[2], teacher.weight)
+    assert torch.equal(found, crosscut.linear_kl_div(*low))
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_classes_that_neither_has(divergence):
     """A padded vocabulary: logits of -inf on both sides take no part."""
@@ -418,6 +429,12 @@ class TestReductions:
             teacher_bias=teacher.bias,
         )  # fmt: skip
         torch.testing.assert_close(found, self.call(every, teacher))
+        for ignore_index in (0, -1):  # there is none that could be ignored
+            same = crosscut.linear_kl_div(
+                head.input, head.linear_weight, teacher.input, teacher.weight,
+                teacher_bias=teacher.bias, ignore_index=ignore_index,
+            )  # fmt: skip
+            assert torch.equal(same, found)
 
     def test_shift(self, head, teacher):
         sliced = replace(head, input=head.input[:, :-1], target=head.target[:, 1:])
@@ -574,7 +591,7 @@ class TestTopK:
     def test_gradcheck_with_ignored_classes(self, tail):
         head = make_head((4, 3, 9), bias=True)
         index = torch.tensor([[1, 2, -100], [-100, -100, -100], [8, 0, 3], [4, -100, 5]])
-        prob = torch.tensor([[0.5, 0.2, torch.nan], [0.1, 0.1, 0.1], [0.5, 0.3, 0.2], [0, 9, 0.4]])
+        prob = torch.tensor([[0.5, 0.2, torch.nan], [0.1, 0.1, 0.1], [0.5, 0.3, 0.2], [0, -9, 0.4]])
 
         def loss(hidden: Tensor, classifier: Tensor, bias: Tensor) -> Tensor:
             return crosscut.linear_topk_kl_div(
@@ -594,10 +611,120 @@ class TestTopK:
         found = crosscut.linear_topk_kl_div(
             hidden, weight, torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.4]]), tail=True
         )
-        assert found.isfinite().all()
+        true = 0.5 * math.log(0.5 / 0.5) + 0.4 * math.log(0.4 / 0.5) + 0.1 * math.log(0.1 / 4) + 50
+        assert found.item() == pytest.approx(true, rel=1e-6)
         found.sum().backward()
         assert hidden.grad is not None
-        assert hidden.grad.isfinite().all()
+        assert hidden.grad.item() == pytest.approx(0.1 * 500, rel=1e-6)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(("logit", "loss"), [(17.0, 7.460280), (20.0, 8.960279)])
+    def test_the_tail_of_a_sure_student(self, dtype, logit, loss):
+        """``1 - p`` would have no digits, or be 0 and have no gradient."""
+        hidden = torch.tensor([[logit]], dtype=dtype, requires_grad=True)
+        weight = torch.tensor([[1.0], [0.0], [0.0]], dtype=dtype)
+        index, prob = torch.tensor([[0]]), torch.tensor([[0.5]])
+        found = crosscut.linear_topk_kl_div(hidden, weight, index, prob, tail=True)
+        assert found.item() == pytest.approx(loss, rel=1e-6)
+        found.sum().backward()
+        assert hidden.grad is not None
+        assert hidden.grad.item() == pytest.approx(0.5, rel=1e-6)
+
+    def test_the_tail_where_there_is_none(self):
+        """All classes are among the k, or all others impossible; a class not, too."""
+        weight = torch.tensor([[1.0], [0.5], [0.0]], dtype=torch.float64)
+        hidden = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
+        bias = torch.tensor([0, 0, -torch.inf], dtype=torch.float64)
+        prob = torch.tensor([[0.75, 0.25, 0.0]], dtype=torch.float64)
+        for count, options in ((3, {}), (2, {"linear_bias": bias}), (3, {"linear_bias": bias})):
+            index = torch.arange(count)[None]
+            found, plain = (
+                crosscut.linear_topk_kl_div(
+                    hidden, weight, index, prob[:, :count], tail=tail, **options
+                )
+                for tail in (True, False)
+            )
+            torch.testing.assert_close(found, plain)
+            for loss in (found, plain):
+                (grad,) = torch.autograd.grad(loss.sum(), hidden)
+                assert grad.isfinite().all()
+        found = crosscut.linear_topk_kl_div(
+            hidden, weight, torch.arange(2)[None], prob[:, :2] / 2, tail=True, linear_bias=bias
+        )
+        assert found.isposinf().all()
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("scale", [1.0, 12.0], ids=["", "sure"])
+    def test_the_tail_across_blocks(self, dtype, scale):
+        """As accurate as PyTorch, of the same rest; with a softcap, a scale and a temperature."""
+        head = make_head(((2, 260), 16, 4400), dtype, bias=True)
+        head = replace(head, linear_weight=head.linear_weight * scale)
+        options: dict[str, Any] = {"softcap": 15.0 * scale, "logit_scale": 0.9}
+        z = reference.logits(head.input, head.linear_weight, head.linear_bias, **options)
+        index = z.topk(4).indices
+        index[0, 3:9, 1:] = -100
+        index[1, ::3] = -100
+        prob = torch.rand(index.shape).softmax(-1) * 0.9
+        head = replace(head, target=index)
+
+        def ours(input: Tensor, weight: Tensor, target: Tensor, **bias: Any) -> Tensor:
+            return crosscut.linear_topk_kl_div(
+                input, weight, target, prob, tail=True, temperature=1.5, **options, **bias
+            )
+
+        def theirs(input: Tensor, weight: Tensor, index: Tensor, linear_bias: Tensor) -> Tensor:
+            z = reference.logits(input, weight, linear_bias, **options) / 1.5
+            kept = index != -100
+            q = torch.where(kept, prob.to(z), 0)
+            of_k = torch.where(kept, z.gather(-1, index.clamp_min(0)), -torch.inf)
+            outside = torch.zeros_like(z).scatter_reduce(
+                -1, index.clamp_min(0), torch.where(kept, -torch.inf, 0).to(z), "sum"
+            )
+            joined = torch.cat([of_k, (z + outside).logsumexp(-1, keepdim=True)], -1)
+            q = torch.cat([q, 1 - q.sum(-1, keepdim=True)], -1)
+            log_p = joined.log_softmax(-1)
+            loss = torch.where(q > 0, q * (q.log() - log_p), 0).sum(-1)
+            return torch.where(kept.any(-1), loss, 0)
+
+        true, expected = outcome(theirs, head.double()), outcome(theirs, head)
+        their_errors = [error(value, exact) for _, value, exact in pairs(expected, true)]
+        found = pairs(outcome(ours, head), true)
+        for (name, value, exact), their_error in zip(found, their_errors, strict=True):
+            allowed = FACTOR * their_error + rounding(value.dtype)
+            assert error(value, exact) <= allowed, f"{name}: {error(value, exact)} > {allowed}"
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("tokens", [0, 9])
+    def test_opcheck(self, dtype, tokens):
+        hidden, classifier, bias, *_ = op_arguments(hard=False, dtype=dtype, tokens=tokens)
+        labels = torch.randint(30, (tokens, 3))
+        labels[1::3] = -1
+        labels[::2, 1] = -1
+        arguments = (hidden, classifier, bias, labels, 5.0, 0.5)
+        lse, logits = torch.ops.crosscut.rest.default(*arguments)
+        torch.library.opcheck(
+            torch.ops.crosscut.rest_backward.default,
+            (torch.rand_like(lse), torch.rand_like(logits), lse, *arguments, [True, False, True]),
+        )
+        for x in arguments[:3]:
+            x.requires_grad_()
+        torch.library.opcheck(torch.ops.crosscut.rest.default, arguments)
+
+    def test_compiled_without_a_break(self):
+        head = make_head((20, 5, 30), torch.float32)
+        index, prob = self.stored(reference.logits(head.input, head.linear_weight), 3)
+
+        def loss(hidden: Tensor, tail: bool) -> Tensor:
+            return crosscut.linear_topk_kl_div(
+                hidden, head.linear_weight, index, prob / 2, tail=tail
+            ).sum()
+
+        hidden = head.input.requires_grad_()
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        for tail in (False, True):
+            (ours,) = torch.autograd.grad(compiled(hidden, tail), hidden)
+            (theirs,) = torch.autograd.grad(loss(hidden, tail), hidden)
+            assert torch.equal(ours, theirs)
 
 
 def test_errors():
@@ -618,10 +745,11 @@ def test_errors():
         "teacher_weight must have linear_weight's 5 classes, got shape [6, 2]"
     )
     assert message(ValueError, None, None, None, torch.zeros(5, 3)) == (
-        "teacher_weight must have shape [V, 2] for a teacher_input of that hidden size, got [5, 3]"
+        "teacher_weight has hidden size 3, teacher_input has 2: their last dimensions must match"
     )
     assert message(TypeError, None, None, None, torch.zeros(5, 2).double()) == (
-        "teacher_weight has dtype torch.float64, teacher_input has torch.float32: cast one of them"
+        "teacher_weight has dtype torch.float64, teacher_input has torch.float32: cast one of "
+        "them, or use torch.autocast"
     )
     assert message(TypeError, None, None, 1, None) == "teacher_input must be a Tensor, got int"
     assert message(ValueError, *same, divergence="kl") == (
@@ -638,7 +766,23 @@ def test_errors():
         "temperature must be a positive finite number, got 0"
     )
     assert message(IndexError, *same, target=torch.tensor([0, 1, 2, 5])) == (
-        "target has a class out of range: classes must be in [0, 5), or ignore_index"
+        "target[3] is 5, out of range: classes must be in [0, 5), or ignore_index=-100"
+    )
+    assert message(ValueError, *same, teacher_softcap=0) == (
+        "teacher_softcap must be a positive finite number, got 0"
+    )
+    assert message(ValueError, *same, teacher_logit_scale=math.inf) == (
+        "teacher_logit_scale must be a finite number, got inf"
+    )
+    assert message(TypeError, *same, teacher_bias=0.0) == (
+        "teacher_bias must be a Tensor, got float"
+    )
+    assert message(ValueError, *same, teacher_bias=torch.zeros(4)) == (
+        "teacher_bias must have shape [5], one a class, got [4]"
+    )
+    integers = torch.zeros(4, 2, dtype=torch.int64), torch.zeros(5, 2, dtype=torch.int64)
+    assert message(TypeError, None, None, *integers) == (
+        "teacher_input must have a floating-point dtype, got torch.int64"
     )
 
 
@@ -651,13 +795,58 @@ def test_errors():
          "teacher_prob must have teacher_index's shape, [4, 2], got [4, 3]"),
         (torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 2, dtype=torch.int64), TypeError,
          "teacher_prob must have a floating-point dtype, got torch.int64"),
+        ([[0, 1]] * 4, torch.zeros(4, 2), TypeError, "teacher_index must be a Tensor, got list"),
+        (torch.zeros(4, 2, dtype=torch.int64), [[0.5, 0.5]] * 4, TypeError,
+         "teacher_prob must be a Tensor, got list"),
+        (torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 2, device="meta"), ValueError,
+         "teacher_prob is on meta, input is on cpu: all must be on one device"),
+        (torch.zeros(4, 2), torch.zeros(4, 2), TypeError,
+         "teacher_index must hold class indices, got torch.float32: class probabilities are not "
+         "supported"),
+        (torch.tensor([[0, 1]] * 3 + [[-100, 5]]), torch.zeros(4, 2), IndexError,
+         "teacher_index[3, 1] is 5, out of range: classes must be in [0, 5), or "
+         "ignore_index=-100"),
+        (torch.tensor([[0, 1]] * 4), torch.tensor([[0.5, 0.5]] * 3 + [[0.5, -0.5]]), ValueError,
+         "teacher_prob must be in [0, 1], got -0.5 at [3, 1]"),
+        (torch.tensor([[0, 1]] * 4), torch.tensor([[0.5, 0.5]] * 2 + [[1.25, 0]] * 2), ValueError,
+         "teacher_prob must be in [0, 1], got 1.25 at [2, 0]"),
+        (torch.tensor([[0, 1]] * 4), torch.full((4, 2), math.nan), ValueError,
+         "teacher_prob must be in [0, 1], got nan at [0, 0]"),
+        (torch.tensor([[0, 1, -100, -100]] * 3 + [[3, 1, 2, 3]]), torch.full((4, 4), 0.25),
+         ValueError, "teacher_index must have a class at most once a token, got 3 again at [3, 3]"),
     ],
 )  # fmt: skip
-def test_errors_of_top_k(index, prob, kind, message):
+@pytest.mark.parametrize("tail", [False, True], ids=["", "tail"])
+def test_errors_of_top_k(index, prob, kind, message, tail):
     head = make_head((4, 3, 5), torch.float32)
     with pytest.raises(kind) as caught:
-        crosscut.linear_topk_kl_div(head.input, head.linear_weight, index, prob)
+        crosscut.linear_topk_kl_div(head.input, head.linear_weight, index, prob, tail=tail)
     assert str(caught.value) == message
+
+
+def test_errors_of_the_tail():
+    head = make_head((4, 3, 5), torch.float32)
+    index, prob = torch.tensor([[0, 1]] * 4), torch.full((4, 2), 0.25)
+    for options, kind, message in (
+        ({"tail": "no"}, TypeError, "tail must be True or False, got str"),
+        (
+            {"tail": True, "backend": "triton"},
+            ValueError,
+            "backend='triton' cannot serve this call: triton: has no kernel for tail=True",
+        ),
+        (
+            {"tail": True, "backend": "cublas"},
+            ValueError,
+            "backend must be one of 'auto', 'triton', 'blocks', got 'cublas'",
+        ),
+        (
+            {"tail": True, "policy": "cce"},
+            ValueError,
+            "backend='blocks' cannot serve this call: blocks: ",
+        ),
+    ):
+        with pytest.raises(kind, match=f"^{re.escape(message)}"):
+            crosscut.linear_topk_kl_div(head.input, head.linear_weight, index, prob, **options)
 
 
 @pytest.mark.real

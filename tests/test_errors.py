@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import crosscut
 from crosscut.backends import NAMES
@@ -23,6 +24,9 @@ FUNCTIONS = [
     crosscut.gradient_sparsity,
     crosscut.explain,
 ]
+
+FULL = [crosscut.linear_cross_entropy, crosscut.explain]
+"""Those that take every argument of the loss."""
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -202,6 +206,21 @@ TENSORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "target is on meta, input is on cpu: all must be on one device",
     ),
+    "sparse weight": (
+        {"linear_weight": zeros(5, 4).to_sparse()},
+        TypeError,
+        "linear_weight must be a dense tensor, got torch.sparse_coo",
+    ),
+    "sparse input": (
+        {"input": zeros(3, 4).to_sparse_csr()},
+        TypeError,
+        "input must be a dense tensor, got torch.sparse_csr",
+    ),
+    "nested input": (
+        {"input": torch.nested.nested_tensor([zeros(3, 4)])},
+        TypeError,
+        "input must be a dense tensor, got a nested tensor",
+    ),
     "bias elsewhere": (
         {"linear_bias": zeros(5, device="meta")},
         ValueError,
@@ -261,6 +280,26 @@ HEAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         "logit_scale must be a finite number, got NoneType",
     ),
+    "logit_scale=False": (
+        {"logit_scale": False},
+        TypeError,
+        "logit_scale must be a finite number, got bool",
+    ),
+    "logit_scale of two": (
+        {"logit_scale": torch.ones(2)},
+        ValueError,
+        "logit_scale must be a number or a tensor of one, got shape [2]",
+    ),
+    "logit_scale is an integer tensor": (
+        {"logit_scale": torch.tensor(2)},
+        TypeError,
+        "logit_scale must be a number or a floating-point tensor, got torch.int64",
+    ),
+    "logit_scale elsewhere": (
+        {"logit_scale": torch.ones((), device="meta")},
+        ValueError,
+        "logit_scale is on meta, input is on cpu: all must be on one device",
+    ),
     "policy='fast'": (
         {"policy": "fast"},
         ValueError,
@@ -289,6 +328,12 @@ HEAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 TARGET_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "shift=-1": ({"shift": -1}, ValueError, "shift must be >= 0, got -1"),
     "shift=1.0": ({"shift": 1.0}, TypeError, "shift must be an int, got float"),
+    "shift=True": ({"shift": True}, TypeError, "shift must be an int, got bool"),
+    "ignore_index=False": (
+        {"ignore_index": False},
+        TypeError,
+        "ignore_index must be an int, got bool",
+    ),
     "shift of a single token": (
         {"input": zeros(4), "target": torch.tensor(0), "shift": 1},
         ValueError,
@@ -353,6 +398,11 @@ LOSS_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         "z_loss must be a finite number >= 0, got NoneType",
     ),
+    "options are no options": (
+        {"options": 5},
+        TypeError,
+        "options must be a torch.nn.LinearCrossEntropyOptions or None, got int",
+    ),
     "weight is no tensor": (
         {"weight": [1.0] * 5},
         TypeError,
@@ -395,32 +445,47 @@ def test_the_good_call_is_good():
 def test_every_function(
     function: Callable[..., Any], changes: dict[str, Any], kind: type[Exception], message: str
 ):
-    if function is crosscut.linear_log_probs and message.endswith("[3, 1]"):
+    several = function in (crosscut.linear_log_probs, crosscut.explain)
+    if several and message.endswith("[3, 1]"):
         pytest.skip("one of several targets a token")
     with refuses(kind, message):
         function(**arguments(**changes))
 
 
-@pytest.mark.parametrize("function", FUNCTIONS[:3], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize(
     ("changes", "kind", "message"), TARGET_OPTIONS.values(), ids=list(TARGET_OPTIONS)
 )
 def test_targets(
     function: Callable[..., Any], changes: dict[str, Any], kind: type[Exception], message: str
 ):
+    if function in FULL and changes == {"ignore_index": None}:
+        pytest.skip("as in PyTorch: -100")
     with refuses(kind, message):
         function(**arguments(**changes))
 
 
+@pytest.mark.parametrize("function", FULL, ids=lambda f: f.__name__)
 @pytest.mark.parametrize(
     ("changes", "kind", "message"), LOSS_OPTIONS.values(), ids=list(LOSS_OPTIONS)
 )
-def test_loss(changes: dict[str, Any], kind: type[Exception], message: str):
+def test_loss(
+    function: Callable[..., Any], changes: dict[str, Any], kind: type[Exception], message: str
+):
     with refuses(kind, message):
-        crosscut.linear_cross_entropy(**arguments(**changes))
+        function(**arguments(**changes))
 
 
-@pytest.mark.parametrize("name", ["reduction", "label_smoothing", "z_loss", "softcap", "shift"])
+@pytest.mark.parametrize("name", ["entropy", "ranks"])
+@pytest.mark.parametrize("function", [crosscut.token_statistics, crosscut.explain])
+def test_flags(function, name):
+    with refuses(TypeError, f"{name} must be True or False, got str"):
+        function(**arguments(**{name: "no"}))
+
+
+@pytest.mark.parametrize(
+    "name", ["reduction", "label_smoothing", "z_loss", "softcap", "shift", "backend"]
+)
 def test_module_refuses_when_it_is_made(name):
     """Not at the first batch."""
     wrong: dict[str, Any] = {name: -1}
@@ -429,9 +494,18 @@ def test_module_refuses_when_it_is_made(name):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("target", [[0, 5, 1], [-1, 0, 0], [0, 2**40, 0], [-101, 1, 2]], ids=str)
-def test_label_out_of_range(policy, target):
-    message = "target has a class out of range: classes must be in [0, 5), or ignore_index"
+@pytest.mark.parametrize(
+    ("target", "wrong"),
+    [
+        ([0, 5, 1], "target[1] is 5"),
+        ([-1, 0, 0], "target[0] is -1"),
+        ([0, 2**40, 0], "target[1] is 1099511627776"),
+        ([-100, 1, -101], "target[2] is -101"),
+    ],
+    ids=str,
+)
+def test_label_out_of_range(policy, target, wrong):
+    message = f"{wrong}, out of range: classes must be in [0, 5), or ignore_index=-100"
     with refuses(IndexError, message):
         crosscut.linear_cross_entropy(**arguments(target=torch.tensor(target), policy=policy))
     with refuses(IndexError, message):
@@ -441,9 +515,23 @@ def test_label_out_of_range(policy, target):
 def test_label_out_of_range_that_shift_leaves_out():
     """The first target of a sequence is predicted by nothing: it may be anything."""
     crosscut.linear_cross_entropy(**arguments(target=torch.tensor([99, 1, 2])), shift=1)
-    message = "target has a class out of range: classes must be in [0, 5), or ignore_index"
+    message = "target[2] is 98, out of range: classes must be in [0, 5), or ignore_index=-1"
     with refuses(IndexError, message):
-        crosscut.linear_cross_entropy(**arguments(target=torch.tensor([0, 1, 99])), shift=1)
+        crosscut.linear_cross_entropy(
+            **arguments(target=torch.tensor([99, -1, 98])), shift=1, ignore_index=-1
+        )
+
+
+def test_where_a_label_is_out_of_range():
+    """Of a single token, of several targets a token, and before any loss."""
+    where = "out of range: classes must be in [0, 5), or ignore_index=-100"
+    with refuses(IndexError, f"target is 7, {where}"):
+        crosscut.linear_cross_entropy(**arguments(input=zeros(4), target=torch.tensor(7)))
+    target = torch.tensor([[[9, 9], [0, 0]], [[9, 9], [0, -3]]])
+    with refuses(IndexError, f"target[1, 1, 1] is -3, {where}"):
+        crosscut.linear_log_probs(zeros(2, 2, 4), zeros(5, 4), target, shift=1)
+    with refuses(IndexError, f"target[0] is 7, {where}"):
+        crosscut.gradient_sparsity(**arguments(target=torch.tensor([7, 0, 8])))
 
 
 @pytest.mark.parametrize("target", [[0, 7, 1], [0, -7, 1]], ids=str)
@@ -478,6 +566,8 @@ def test_workspace_limit():
         crosscut.set_workspace_limit(0)
     with refuses(TypeError, "num_bytes must be an int, got float"):
         crosscut.set_workspace_limit(1e9)  # pyright: ignore[reportArgumentType]
+    with refuses(TypeError, "num_bytes must be an int, got bool"):
+        crosscut.set_workspace_limit(True)
     assert crosscut.workspace_limit() == before
 
 
@@ -513,3 +603,44 @@ def test_autocast_lets_dtypes_differ():
     mixed = arguments(linear_weight=zeros(5, 4, dtype=torch.bfloat16))
     with torch.autocast("cpu", torch.bfloat16):
         assert crosscut.linear_cross_entropy(**mixed).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["input", "linear_weight", "linear_bias", "logit_scale"])
+@pytest.mark.parametrize("function", [crosscut.linear_cross_entropy, crosscut.linear_log_probs])
+def test_forward_mode(function, name):
+    """A word of why, where silence would be a derivative of 0."""
+    call = arguments(linear_bias=zeros(5), logit_scale=torch.ones(()))
+    message = (
+        f"crosscut has no forward-mode differentiation, and {name} has a tangent "
+        "(torch.func.jvp, jacfwd): differentiate backwards"
+    )
+
+    def loss(value: Tensor) -> Tensor:
+        return function(**call | {name: value}).sum()
+
+    with refuses(RuntimeError, message):
+        torch.func.jvp(loss, (call[name],), (torch.ones_like(call[name]),))
+    with forward_ad.dual_level(), refuses(RuntimeError, message):
+        loss(forward_ad.make_dual(call[name], torch.ones_like(call[name])))
+
+
+def test_numbers_may_be_numpys():
+    """What comes out of an array is as good as Python's own."""
+    numpy = pytest.importorskip("numpy")
+    torch.manual_seed(0)
+    call = arguments(input=torch.randn(3, 4), linear_weight=torch.randn(5, 4))
+    plain = {
+        "ignore_index": 1, "shift": 1, "label_smoothing": 0.5, "z_loss": 0.25, "softcap": 2.0,
+        "logit_scale": 0.75, "normalizer": 4,
+    }  # fmt: skip
+    kinds = {int: numpy.int32, float: numpy.float32}
+    theirs = {name: kinds[type(value)](value) for name, value in plain.items()}
+    found = crosscut.linear_cross_entropy(**call, **theirs)
+    assert torch.equal(found, crosscut.linear_cross_entropy(**call, **plain))
+    found = crosscut.linear_log_probs(**call, temperature=numpy.float16(0.5))
+    assert torch.equal(found, crosscut.linear_log_probs(**call, temperature=0.5))
+    with refuses(ValueError, "label_smoothing must be in [0, 1], got 1.5"):
+        crosscut.linear_cross_entropy(**call, label_smoothing=numpy.float32(1.5))
+    before = crosscut.workspace_limit()
+    crosscut.set_workspace_limit(numpy.int64(before))
+    assert type(crosscut.workspace_limit()) is int

@@ -250,6 +250,16 @@ class TestKnownValues:
         assert (log_prob.grad[:2] == 0).all()
         assert (log_prob.grad[2:] != 0).all()
 
+    def test_a_ratio_that_overflows(self):
+        """No gain is no loss, and beyond the clip there is no gradient; a harm is without bound."""
+        log_prob = torch.tensor([0.0, 0.0, 0.0, -90.0]).requires_grad_()
+        old = torch.tensor([-200.0, -200.0, -200.0, -10.0])
+        advantage = torch.tensor([0.0, 2.0, -1.0, 0.0])
+        loss = losses.clipped_surrogate(log_prob, old, advantage, clip_high=0.3)
+        assert loss.tolist() == [0, pytest.approx(-2.6), math.inf, 0]
+        (grad,) = torch.autograd.grad(loss.sum(), log_prob)
+        assert grad.tolist() == [0, 0, math.inf, 0]
+
     def test_kl_penalty_is_unbiased_and_not_negative(self):
         policy = torch.randn(50, dtype=torch.float64).log_softmax(0)
         reference = torch.randn(50, dtype=torch.float64).log_softmax(0)
@@ -320,6 +330,11 @@ GOOD = torch.tensor([-1.0, -2.0])
 NUMBER: Any = 1.0
 
 
+ADVANTAGE = (
+    "advantage must have log_prob's shape, [2], with 1 for a dimension along which it is one"
+)
+
+
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
@@ -342,9 +357,14 @@ NUMBER: Any = 1.0
         (lambda: losses.kto(GOOD, GOOD, GOOD > 0, GOOD), ValueError,
          "kl must be a number or a tensor of one, got shape [2]"),
         (lambda: losses.clipped_surrogate(GOOD, GOOD, torch.ones(3)), ValueError,
-         "advantage must broadcast to log_prob's shape, [2], got [3]"),
+         f"{ADVANTAGE}, got [3]"),
         (lambda: losses.clipped_surrogate(GOOD, GOOD, torch.ones(2, 2)), ValueError,
-         "advantage must broadcast to log_prob's shape, [2], got [2, 2]"),
+         f"{ADVANTAGE}, got [2, 2]"),
+        (lambda: losses.clipped_surrogate(GOOD, GOOD, torch.tensor(1.0)), ValueError,
+         f"{ADVANTAGE}, got []"),
+        # One per sequence, which would be taken for one per token.
+        (lambda: losses.clipped_surrogate(GOOD.expand(2, 2), GOOD.expand(2, 2), GOOD), ValueError,
+         f"{ADVANTAGE.replace('[2]', '[2, 2]')}, got [2]"),
         (lambda: losses.clipped_surrogate(GOOD, GOOD, NUMBER), TypeError,
          "advantage must be a Tensor, got float"),
         (lambda: losses.clipped_surrogate(GOOD, GOOD, GOOD, clip_low=1.1), ValueError,

@@ -48,6 +48,18 @@ def test_bias_is_the_fourth_argument():
     assert torch.equal(by_position, by_name)
 
 
+def test_a_learned_scale_comes_with_the_call():
+    head = make_head((7, 5, 20), torch.float32)
+    tensors = (head.input, head.linear_weight, head.target)
+    scale = torch.nn.Parameter(torch.tensor(0.7))
+    found = crosscut.LinearCrossEntropy(logit_scale=0.1)(*tensors, logit_scale=scale)
+    assert torch.equal(found, crosscut.linear_cross_entropy(*tensors, logit_scale=scale))
+    (grad,) = torch.autograd.grad(found, scale)
+    assert grad
+    with pytest.raises(TypeError, match="logit_scale must be a finite number, got Parameter"):
+        crosscut.LinearCrossEntropy(logit_scale=scale)  # pyright: ignore[reportArgumentType]
+
+
 def test_repr_says_what_was_chosen():
     assert repr(crosscut.LinearCrossEntropy()) == "LinearCrossEntropy()"
     chosen = crosscut.LinearCrossEntropy(shift=1, softcap=30.0, policy="exact")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import subprocess
 import sys
 import typing
@@ -55,12 +56,12 @@ def test_signatures_begin_alike(name):
 def test_options_are_the_keywords():
     """Function, module and record agree on every name and default."""
     recorded = {field.name: field.default for field in dataclasses.fields(LossOptions)}
-    tensors = ("linear_bias", "weight", "token_weight", "normalizer")
+    own = ("linear_bias", "weight", "token_weight", "normalizer", "options")
     for function in (crosscut.linear_cross_entropy, crosscut.LinearCrossEntropy.__init__):
         keywords = {
             p.name: p.default
             for p in inspect.signature(function).parameters.values()
-            if p.kind is p.KEYWORD_ONLY and p.name not in tensors
+            if p.kind is p.KEYWORD_ONLY and p.name not in own
         }
         assert keywords == recorded
 
@@ -138,6 +139,34 @@ def test_explain_prints_every_verdict():
     for line, (name, objection) in zip(lines, explanation.verdicts.items(), strict=True):
         assert line.startswith(f"> {name}" if name == explanation.backend else f"  {name}")
         assert line.endswith(objection or "can serve this")
+
+
+def test_explain_takes_every_argument():
+    """Of each call that it explains."""
+    known = inspect.signature(crosscut.explain).parameters
+    for name in FUNCTIONS:
+        for parameter in inspect.signature(getattr(crosscut, name)).parameters.values():
+            assert known[parameter.name].default == parameter.default, parameter.name
+
+
+def test_explain_minds_every_argument():
+    """What changes who serves a call, and what makes it an error (``test_errors.py``)."""
+    head = make_head((4, 3, 5), torch.float32)
+    call = head.input, head.linear_weight, head.target
+    several = head.input, head.linear_weight, head.target[:, None].expand(4, 2)
+    everything = {
+        "linear_bias": torch.zeros(5), "weight": torch.ones(5), "reduction": "mean",
+        "ignore_index": None, "label_smoothing": 0.1, "token_weight": torch.ones(4),
+        "normalizer": 3, "shift": 1, "softcap": 3.0, "logit_scale": torch.ones(()),
+        "z_loss": 0.1, "temperature": 2.0, "entropy": True, "ranks": True,
+    }  # fmt: skip
+    assert crosscut.explain(*call, **everything).backend == "blocks"
+    assert crosscut.explain(*call, policy="cce").backend == "blocks"
+    assert crosscut.explain(*several).backend == "blocks"
+    refused = crosscut.explain(*several, policy="cce")
+    assert refused.backend is None
+    with pytest.raises(ValueError, match=re.escape(str(refused.verdicts["blocks"]))):
+        crosscut.linear_log_probs(*several, policy="cce")
 
 
 def test_explain_reads_no_values():

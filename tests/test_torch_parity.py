@@ -26,6 +26,7 @@ SHARED = [
     "reduction",
     "ignore_index",
     "label_smoothing",
+    "options",
 ]
 
 
@@ -99,9 +100,18 @@ def test_no_token_counts(reduction, tokens, label_smoothing):
 
 
 def test_agrees_with_their_chunked_path():
-    head = make_head((300, 16, 999), torch.float32)
-    chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=64)
-    ours = outcome(crosscut.linear_cross_entropy, head)
-    theirs = outcome(F.linear_cross_entropy, head, options=chunks)
+    """Called as theirs, chunks and all, which change nothing here."""
+    head = make_head((300, 16, 999), torch.float32, ignored=0.2)
+    call = {
+        "options": torch.nn.LinearCrossEntropyOptions(batch_chunk_size=64),
+        "ignore_index": None,
+    }
+    ours = outcome(crosscut.linear_cross_entropy, head, **call)
+    theirs = outcome(F.linear_cross_entropy, head, **call)
     for value, their in zip(ours[:3], theirs[:3], strict=True):
         torch.testing.assert_close(value, their)
+    plain = outcome(crosscut.linear_cross_entropy, head)
+    for value, same in zip(ours[:3], plain[:3], strict=True):
+        assert torch.equal(value, same)
+    module = crosscut.LinearCrossEntropy(ignore_index=None)
+    assert torch.equal(module(head.input, head.linear_weight, head.target), plain.loss)

@@ -254,13 +254,18 @@ def test_the_exact_gradient_in_rows_of_its_own(monkeypatch, dtype):
     assert error(found.d_input, true.d_input) <= error(theirs.d_input, true.d_input)
 
 
-@pytest.mark.parametrize("limit", [1, 2**15, 2**16, 2**18, 2**30])
-def test_every_class_has_a_workspace(monkeypatch, limit):
+@pytest.mark.parametrize(
+    ("limit", "shape"),
+    [(limit, (150, 64, 3000)) for limit in (1, 2**15, 2**16, 2**18, 2**30)]
+    + [(1, (150, 16, 384))],  # dC is smaller than dz of the fewest classes
+    ids=str,
+)
+def test_every_class_has_a_workspace(monkeypatch, limit, shape):
     """Each is in one part, and none is empty, however little there is."""
     from crosscut.backends.triton import sweep
 
     monkeypatch.setattr(sweep, "workspace_limit", lambda: limit)
-    head = make_head((150, 64, 3000), torch.bfloat16)
+    head = make_head(shape, torch.bfloat16)
     parts = []
 
     def spy(*arguments):
@@ -271,7 +276,7 @@ def test_every_class_has_a_workspace(monkeypatch, limit):
     monkeypatch.setattr(sweep, "_workspaces", spy)
     ours(head, policy="exact")
     assert all(len(classes) for classes, _ in parts)
-    assert [number for classes, _ in parts for number in classes] == [*range(3000)]
+    assert [number for classes, _ in parts for number in classes] == [*range(shape[2])]
     assert all(dz.shape[1] >= 128 for _, dz in parts)
 
 

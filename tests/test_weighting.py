@@ -128,6 +128,42 @@ def test_a_mask_is_a_token_weight(dtype):
     torch.testing.assert_close(masked, other)
 
 
+NOBODY: dict[str, dict[str, Any]] = {
+    "all ignored": {"ignored": True},
+    "all ignored, token_weight": {"ignored": True, "token_weight": torch.ones(9)},
+    "token_weight of 0": {"token_weight": torch.zeros(9)},
+    "class weights of 0": {"weight": torch.zeros(21)},
+    "class weights of 0, z-loss": {"weight": torch.zeros(21), "z_loss": 0.1},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("call", NOBODY.values(), ids=NOBODY)
+def test_a_mean_over_nothing(place, make, dtype, call):
+    """NaN, as PyTorch's is; but the gradient is 0, for no token asks for another."""
+    backend, device = place
+    head = make((9, 16, 21), dtype, bias=True)
+    options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in call.items()}
+    if options.pop("ignored", False):
+        head.target.fill_(-100)
+    found = outcome(crosscut.linear_cross_entropy, head, backend=backend, **options)
+    assert found.loss.isnan()
+    for value in found[1:]:
+        assert value is not None
+        assert (value == 0).all()
+
+
+def test_a_divergence_over_nothing():
+    head = make_head((9, 16, 21), torch.float32)
+    hidden = head.input.clone().requires_grad_()
+    loss = crosscut.linear_kl_div(
+        hidden, head.linear_weight, head.input, head.linear_weight, torch.full((9,), -100)
+    )
+    assert loss.isnan()
+    (grad,) = torch.autograd.grad(loss, hidden)
+    assert (grad == 0).all()
+
+
 def test_gradcheck_of_the_token_weight():
     head = make_head((6, 3, 7), bias=True, ignored=0.2)
 
@@ -173,6 +209,26 @@ def test_module_takes_both_in_the_call():
             "normalizer needs reduction='mean', got reduction='sum'",
         ),
         ({"normalizer": 0}, ValueError, "normalizer must be a positive finite number, got 0"),
+        (
+            {"normalizer": torch.tensor(0)},
+            ValueError,
+            "normalizer must be a positive finite number, got 0",
+        ),
+        (
+            {"normalizer": torch.tensor([-1.5])},
+            ValueError,
+            "normalizer must be a positive finite number, got -1.5",
+        ),
+        (
+            {"normalizer": True},
+            TypeError,
+            "normalizer must be a positive finite number, got bool",
+        ),
+        (
+            {"normalizer": torch.tensor(True)},
+            TypeError,
+            "normalizer must be a number, got a tensor of torch.bool",
+        ),
         (
             {"normalizer": "3"},
             TypeError,

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from crosscut import distillation_ops, statistics, tokens
+from crosscut import distillation_ops, ops, statistics, tokens
 from crosscut.arguments import (
+    Names,
     at_temperature,
+    check_tensors,
     checked_normalizer,
     flat_token_weight,
     head_problem,
+    number_of_scale,
+    out_of_range,
+    readable,
+    wants_gradient,
 )
-from crosscut.backends.protocol import DistillationProblem
-from crosscut.functional import linear_log_probs
+from crosscut.backends.protocol import DistillationProblem, HeadProblem
+from crosscut.functional import log_probs_of
 from crosscut.options import (
     DistillationOptions,
     Divergence,
     GradientPolicy,
     HeadOptions,
     Reduction,
+    check_finite,
+    check_flag,
+    check_softcap,
 )
 from crosscut.statistics import TokenStatistics
 
@@ -43,9 +55,9 @@ def linear_kl_div(
     ignore_index: int = -100,
     shift: int = 0,
     softcap: float | None = None,
-    logit_scale: float = 1.0,
+    logit_scale: Tensor | float = 1.0,
     teacher_softcap: float | None = None,
-    teacher_logit_scale: float = 1.0,
+    teacher_logit_scale: Tensor | float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
     """Divergence of a student's softmax from its teacher's, without the logits of either.
@@ -72,10 +84,11 @@ def linear_kl_div(
         token_weight: as in :func:`crosscut.linear_cross_entropy`.
         reduction: ``"mean"`` over the tokens that count, ``"sum"``, or ``"none"`` for ``[...]``.
         normalizer: as in :func:`crosscut.linear_cross_entropy`.
-        ignore_index: a token with this target takes no part and costs no time.
+        ignore_index: a token with this target takes no part and costs no time. Without ``target``
+            it is not looked at.
         shift: as in :func:`crosscut.linear_cross_entropy`; needs ``target``.
         softcap: of the student's logits.
-        logit_scale: of the student's logits.
+        logit_scale: of the student's logits; as in :func:`crosscut.linear_cross_entropy`.
         teacher_softcap: of the teacher's logits.
         teacher_logit_scale: of the teacher's logits.
         backend: ``"auto"`` finds one that serves the call: on a GPU, kernels that make both logits
@@ -93,8 +106,7 @@ def linear_kl_div(
     Note:
         Gradients come in the inputs' dtypes. Differentiating them again raises RuntimeError.
     """
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
+    check_tensors({"input": input})
     options = DistillationOptions(
         divergence=divergence,
         beta=beta,
@@ -102,21 +114,23 @@ def linear_kl_div(
         hard_weight=hard_weight,
         reduction=reduction,
     )
+    hard_weight = options.hard_weight
     labels = target
     if labels is None:
         if hard_weight or shift:
             raise ValueError(f"hard_weight={hard_weight} and shift={shift} need a target, got None")
         labels = torch.zeros(input.shape[:-1], dtype=torch.int64, device=input.device)
+        ignore_index = -1  # all count
     student = head_problem(
-        (input, linear_weight, labels, linear_bias),
-        HeadOptions(softcap=softcap, logit_scale=logit_scale, backend=backend),
+        (input, linear_weight, labels, linear_bias, logit_scale),
+        HeadOptions(softcap=softcap, logit_scale=number_of_scale(logit_scale), backend=backend),
         ignore_index,
         shift,
     )
-    _check_teacher(teacher_input, teacher_weight, input, linear_weight)
-    teacher = head_problem(
-        (teacher_input.detach(), teacher_weight.detach(), labels, _detached(teacher_bias)),
-        HeadOptions(softcap=teacher_softcap, logit_scale=teacher_logit_scale),
+    teacher = _teacher_problem(
+        (teacher_input, teacher_weight, labels, teacher_bias, teacher_logit_scale),
+        teacher_softcap,
+        student,
         ignore_index,
         shift,
     )
@@ -124,15 +138,17 @@ def linear_kl_div(
         token_weight = flat_token_weight(token_weight, labels, student, shift)
     if normalizer is not None:
         normalizer = checked_normalizer(normalizer, reduction, student.statistics_dtype)
-    found = distillation_ops.divergences(
-        DistillationProblem(
-            student=at_temperature(student, temperature),
-            teacher=at_temperature(teacher, temperature),
-            divergence=options.divergence,
-            beta=options.beta,
-            temperature=options.temperature if options.hard_weight else None,
-        )
+    problem = DistillationProblem(
+        student=at_temperature(student, temperature),
+        teacher=at_temperature(teacher, temperature),
+        divergence=options.divergence,
+        beta=options.beta,
+        temperature=options.temperature if hard_weight else None,
     )
+    try:
+        found = distillation_ops.divergences(problem)
+    except IndexError:
+        raise out_of_range(student, labels, ignore_index, shift) from None
     loss = found.divergence
     if hard_weight:
         hard = TokenStatistics(lse=found.hard_lse, target_logit=found.target_logit)
@@ -141,9 +157,11 @@ def linear_kl_div(
         loss = loss * token_weight
     if reduction == "none":
         return tokens.unflatten(loss, labels.shape, shift=shift)
-    if reduction == "mean" and normalizer is None:
+    if reduction == "sum":
+        return loss.sum()
+    if normalizer is None:
         normalizer = statistics.total_weight(student.labels, None, token_weight)
-    return loss.sum() if normalizer is None else loss.sum() / normalizer
+    return statistics.mean(loss, normalizer)
 
 
 def linear_topk_kl_div(
@@ -157,7 +175,7 @@ def linear_topk_kl_div(
     temperature: float = 1.0,
     ignore_index: int = -100,
     softcap: float | None = None,
-    logit_scale: float = 1.0,
+    logit_scale: Tensor | float = 1.0,
     policy: GradientPolicy = "auto",
     backend: str = "auto",
 ) -> Tensor:
@@ -165,23 +183,23 @@ def linear_topk_kl_div(
 
     ``sum_k q_k (log q_k - log p_k)``, with p the student's softmax: the form in which a teacher's
     softmax is stored. Built on :func:`crosscut.linear_log_probs`, whose backward may leave out the
-    columns that do not matter.
+    columns that do not matter. With ``tail`` it takes a sweep of its own, where all columns count.
 
     Args:
         input: the student's hidden states ``[..., D]``.
         linear_weight: the student's head ``[V, D]``, of the same dtype.
         teacher_index: classes in ``[0, V)``, each at most once a token, or ``ignore_index``,
             integer ``[..., K]``.
-        teacher_prob: their probabilities under the teacher, in [0, 1], ``[..., K]``; what stands at
-            an ignored class is not looked at.
+        teacher_prob: their probabilities (not their logarithms) under the teacher, in [0, 1],
+            ``[..., K]``; what stands at an ignored class is not looked at.
         linear_bias: the student's bias ``[V]``.
         tail: also compare what is left to all other classes together, 1 less the sum of the
             probabilities. Without it, probabilities that do not sum to 1 are taken as they are, and
-            the result may be negative.
+            the result may be negative. Computed in plain PyTorch, by blocks, on a GPU too.
         temperature: divides the student's logits; positive. The probabilities are given at it.
         ignore_index: a class that takes no part. A token of which all are ignored has a loss of 0.
         softcap: of the student's logits.
-        logit_scale: of the student's logits.
+        logit_scale: of the student's logits; as in :func:`crosscut.linear_cross_entropy`.
         policy: as in :func:`crosscut.linear_cross_entropy`.
         backend: as in :func:`crosscut.linear_cross_entropy`.
 
@@ -189,10 +207,12 @@ def linear_topk_kl_div(
         Nats, float32 (float64 for float64 inputs), one a token: ``[...]``.
 
     Raises:
-        ValueError: a shape, a device or an option does not fit.
+        ValueError: a shape, a device or an option does not fit; a probability is none, or a class
+            comes twice (both checked on the CPU, unless compiled).
         TypeError: a dtype or the type of an option does not fit.
         IndexError: a class is out of range (on the CPU).
     """
+    check_tensors({"input": input, "teacher_index": teacher_index, "teacher_prob": teacher_prob})
     if teacher_index.dim() != input.dim():
         raise ValueError(
             f"teacher_index must have shape [{', '.join(map(str, input.shape[:-1]))}, K], "
@@ -205,57 +225,111 @@ def linear_topk_kl_div(
         )
     if not teacher_prob.is_floating_point():
         raise TypeError(f"teacher_prob must have a floating-point dtype, got {teacher_prob.dtype}")
-    log_p = linear_log_probs(
-        input, linear_weight, teacher_index, linear_bias=linear_bias, temperature=temperature,
-        ignore_index=ignore_index, softcap=softcap, logit_scale=logit_scale, policy=policy,
-        backend=backend,
-    )  # fmt: skip
-    kept = teacher_index != ignore_index
-    q = torch.where(kept, teacher_prob.detach().to(log_p), 0)
-    loss = (torch.special.xlogy(q, q) - q * log_p).sum(-1)
-    if not tail:
-        return loss
-    rest = (1 - q.sum(-1)).clamp_min(0)
-    covered = log_p.masked_fill(~kept, -torch.inf).logsumexp(-1)
-    # Never quite all of the softmax, or the logarithm of what is left would be that of a rounding.
-    covered = covered.clamp_max(-torch.finfo(covered.dtype).eps)
-    left = torch.log(-torch.expm1(covered))
-    loss = loss + torch.special.xlogy(rest, rest) - rest * left
-    return torch.where(kept.any(-1), loss, 0)
+    scale = number_of_scale(logit_scale)
+    problem = head_problem(
+        (input, linear_weight, teacher_index, linear_bias, logit_scale),
+        HeadOptions(softcap=softcap, logit_scale=scale, policy=policy, backend=backend),
+        ignore_index,
+        shift=0,
+        several=True,
+        names=Names(target="teacher_index"),
+    )
+    problem = at_temperature(problem, temperature)
+    kept = problem.labels >= 0
+    q = torch.where(kept, teacher_prob.detach().reshape(kept.shape), 0).to(problem.statistics_dtype)
+    if readable(q):
+        _check_top_k(q, problem.labels, teacher_index.shape)
+    try:
+        if check_flag("tail", tail):
+            loss = _with_tail(q, *distillation_ops.rest(problem), kept)
+        else:
+            found = ops.token_statistics(problem, for_backward=wants_gradient(problem))
+            log_p = log_probs_of(problem, found)
+            loss = _relative_entropy(q, log_p).sum(-1)
+    except IndexError:
+        raise out_of_range(problem, teacher_index, ignore_index, 0, "teacher_index") from None
+    return tokens.unflatten(loss, input.shape[:-1], shift=0)
 
 
-def _check_teacher(
-    teacher_input: Tensor, teacher_weight: Tensor, input: Tensor, linear_weight: Tensor
-) -> None:
-    for name, value in (("teacher_input", teacher_input), ("teacher_weight", teacher_weight)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
-        if value.device != input.device:
-            raise ValueError(
-                f"{name} is on {value.device}, input is on {input.device}: "
-                "all must be on one device"
-            )
-    if teacher_input.shape[:-1] != input.shape[:-1]:
+def _with_tail(q: Tensor, rest: Tensor, logits: Tensor, kept: Tensor) -> Tensor:
+    """The divergence of each token [N] where all classes but its k count as one.
+
+    What is left to them is not ``1 - p``, which a sure student leaves no digit of, but their own
+    mass: the softmax between them and the k, and then among the k.
+
+    Args:
+        q: the teacher's probabilities [N, K], 0 where not kept.
+        rest: log-sum-exp of the logits of all other classes [N].
+        logits: of the k [N, K].
+        kept: which of the k count [N, K].
+    """
+    counts = kept.any(-1)
+    logits = torch.where(kept, logits, -torch.inf)
+    odds = torch.where(counts, logits.logsumexp(-1) - rest, 0)
+    log_p = torch.where(kept, logits.log_softmax(-1) + F.logsigmoid(odds)[:, None], 0)
+    q_rest = (1 - q.sum(-1)).clamp_min(0)
+    of_rest = _relative_entropy(q_rest, F.logsigmoid(-odds))
+    return torch.where(counts, _relative_entropy(q, log_p).sum(-1) + of_rest, 0)
+
+
+def _relative_entropy(q: Tensor, log_p: Tensor) -> Tensor:
+    """``q (log q - log p)``, 0 where q is."""
+    return torch.special.xlogy(q, q) - torch.where(q > 0, q * log_p, 0)
+
+
+def _check_top_k(q: Tensor, labels: Tensor, shape: torch.Size) -> None:
+    """Raise for what is no probability, or a class that a token has twice."""
+
+    def place(wrong: Tensor) -> list[int]:
+        return wrong.reshape(shape).nonzero()[0].tolist()
+
+    wrong = ~((q >= 0) & (q <= 1))
+    if wrong.any():
+        at = place(wrong)
         raise ValueError(
-            f"teacher_input must have input's shape but for its last dimension, "
-            f"{list(input.shape[:-1])}, got {list(teacher_input.shape[:-1])}"
+            f"teacher_prob must be in [0, 1], got {q.reshape(shape)[tuple(at)].item():g} at {at}"
         )
-    if teacher_weight.shape[:1] != linear_weight.shape[:1]:
+    ordered, order = labels.sort(-1)
+    again = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if again.any():
+        at = place(torch.zeros_like(labels, dtype=torch.bool).scatter(-1, order[:, 1:], again))
         raise ValueError(
-            f"teacher_weight must have linear_weight's {len(linear_weight)} classes, "
-            f"got shape {list(teacher_weight.shape)}"
-        )
-    if teacher_weight.dim() != 2 or teacher_weight.shape[1] != teacher_input.shape[-1]:
-        raise ValueError(
-            f"teacher_weight must have shape [V, {teacher_input.shape[-1]}] for a teacher_input "
-            f"of that hidden size, got {list(teacher_weight.shape)}"
-        )
-    if teacher_weight.dtype != teacher_input.dtype:
-        raise TypeError(
-            f"teacher_weight has dtype {teacher_weight.dtype}, teacher_input has "
-            f"{teacher_input.dtype}: cast one of them"
+            "teacher_index must have a class at most once a token, got "
+            f"{labels.reshape(shape)[tuple(at)].item()} again at {at}"
         )
 
 
-def _detached(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.detach()
+def _teacher_problem(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | float],
+    softcap: float | None,
+    student: HeadProblem,
+    ignore_index: int,
+    shift: int,
+) -> HeadProblem:
+    """The teacher's head, without a gradient, checked to be one of the student's tokens."""
+    hidden, classifier, labels, _, scale = tensors
+    check_tensors({"input": student.hidden, "teacher_input": hidden})
+    if hidden.shape[:-1] != labels.shape:
+        raise ValueError(
+            "teacher_input must have input's shape but for its last dimension, "
+            f"{list(labels.shape)}, got {list(hidden.shape[:-1])}"
+        )
+    options = HeadOptions(
+        softcap=check_softcap("teacher_softcap", softcap),
+        logit_scale=check_finite("teacher_logit_scale", number_of_scale(scale)),
+    )
+    names = Names(
+        "teacher_input", "teacher_weight", "target", "teacher_bias", "teacher_logit_scale"
+    )
+    teacher = head_problem(tensors, options, ignore_index, shift, names=names)
+    if len(teacher.classifier) != len(student.classifier):
+        raise ValueError(
+            f"teacher_weight must have linear_weight's {len(student.classifier)} classes, "
+            f"got shape {list(classifier.shape)}"
+        )
+    return replace(
+        teacher,
+        hidden=teacher.hidden.detach(),
+        classifier=teacher.classifier.detach(),
+        bias=None if teacher.bias is None else teacher.bias.detach(),
+    )

@@ -1,16 +1,19 @@
-"""The divergence of a student's head from its teacher's as PyTorch custom operators.
+"""What distillation needs of heads, as PyTorch custom operators.
 
-``crosscut::divergence`` and ``crosscut::divergence_backward``.
+``crosscut::divergence`` and ``crosscut::divergence_backward`` of a student and its teacher;
+``crosscut::rest`` and ``crosscut::rest_backward`` of a student whose teacher is stored.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from crosscut.backends import choose_for_distillation
+from crosscut.backends import choose, choose_for_distillation
+from crosscut.backends.blocks.distillation import compute_rest, compute_rest_gradients
 from crosscut.backends.protocol import (
     DistillationProblem,
     DivergenceCotangents,
@@ -156,10 +159,16 @@ def _(
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    wanted = zip((hidden, classifier, bias), needs, strict=True)
+    return _gradients_like((hidden, classifier, bias), needs)
+
+
+def _gradients_like(
+    inputs: tuple[Tensor, Tensor, Tensor | None], needs: list[bool]
+) -> tuple[Tensor, ...]:
+    hidden = inputs[0]
     return tuple(
         hidden.new_empty(0) if value is None or not need else value.new_empty(value.shape)
-        for value, need in wanted
+        for value, need in zip(inputs, needs, strict=True)
     )
 
 
@@ -171,29 +180,31 @@ def _problem(
     asked: tuple[str, float, float | None, str],
 ) -> DistillationProblem:
     divergence, beta, temperature, backend = asked
-    heads = []
-    for (hidden, classifier, bias), (softcap, logit_scale) in zip(
-        (student, teacher), options, strict=True
-    ):
-        head_options = HeadOptions(
-            softcap=softcap or None, logit_scale=logit_scale, backend=backend
-        )
-        heads.append(
-            HeadProblem(
-                hidden=hidden,
-                classifier=classifier,
-                bias=bias,
-                labels=labels,
-                logit_weight=None,
-                options=head_options,
-            )
-        )
+    (softcap, scale), (teacher_softcap, teacher_scale) = options
     return DistillationProblem(
-        student=heads[0],
-        teacher=heads[1],
+        student=_head(student, labels, softcap or None, scale, backend),
+        teacher=_head(teacher, labels, teacher_softcap or None, teacher_scale, backend),
         divergence=divergence,
         beta=beta,
         temperature=temperature,
+    )
+
+
+def _head(
+    tensors: tuple[Tensor, Tensor, Tensor | None],
+    labels: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str = "blocks",
+) -> HeadProblem:
+    hidden, classifier, bias = tensors
+    return HeadProblem(
+        hidden=hidden,
+        classifier=classifier,
+        bias=bias,
+        labels=labels,
+        logit_weight=None,
+        options=HeadOptions(softcap=softcap, logit_scale=logit_scale, backend=backend),
     )
 
 
@@ -228,10 +239,126 @@ def _backward(ctx, d_divergence, d_hard_lse, d_target_logit, *_) -> tuple[Tensor
 
 def _no_double_backward(ctx, *_) -> None:
     raise RuntimeError(
-        "crosscut has no double backward: the gradients of linear_kl_div cannot be differentiated "
-        "again (create_graph=True)"
+        "crosscut has no double backward: the gradients of linear_kl_div and linear_topk_kl_div "
+        "cannot be differentiated again (create_graph=True)"
     )
 
 
 torch.library.register_autograd("crosscut::divergence", _backward, setup_context=_save_for_backward)
 torch.library.register_autograd("crosscut::divergence_backward", _no_double_backward)
+
+
+class Rest(NamedTuple):
+    """What all classes come to that are no label of a token, and its labels alone."""
+
+    lse: Tensor  # [N], of the logits of the former; 0 at rows that take no part
+    target_logit: Tensor  # [N, K]
+
+
+def rest(problem: HeadProblem) -> Rest:
+    """Both, for labels [N, K], differentiable in hidden, classifier and bias.
+
+    Raises:
+        ValueError: ``problem.options.backend`` names another than the one that has it.
+    """
+    options = problem.options
+    if options.backend not in ("auto", "blocks"):
+        raise ValueError(
+            f"backend={options.backend!r} cannot serve this call: {options.backend}: "
+            "has no kernel for tail=True"
+        )
+    choose(replace(problem, options=replace(options, backend="blocks")))  # or raise
+    return Rest(
+        *_rest(
+            problem.hidden,
+            problem.classifier,
+            problem.bias,
+            problem.labels,
+            options.softcap,
+            options.logit_scale,
+        )
+    )
+
+
+@custom_operator("crosscut::rest")
+def _rest(
+    hidden: Tensor,
+    classifier: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:
+    problem = _head((hidden, classifier, bias), labels, softcap, logit_scale)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return compute_rest(problem)
+
+
+@torch.library.register_fake("crosscut::rest")
+def _(
+    hidden: Tensor,
+    classifier: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    lse = hidden.new_empty(hidden.shape[0], dtype=dtype)
+    return lse, hidden.new_empty(labels.shape, dtype=dtype)
+
+
+@custom_operator("crosscut::rest_backward")
+def _rest_backward(
+    d_lse: Tensor,
+    d_target_logit: Tensor,
+    lse: Tensor,
+    hidden: Tensor,
+    classifier: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem = _head((hidden, classifier, bias), labels, softcap, logit_scale)
+    with torch.autocast(hidden.device.type, enabled=False):
+        gradients = compute_rest_gradients(problem, lse, (d_lse, d_target_logit), Needs(*needs))
+    d_hidden, d_classifier, d_bias = (
+        hidden.new_empty(0) if grad is None else grad for grad in gradients
+    )
+    return d_hidden, d_classifier, d_bias
+
+
+@torch.library.register_fake("crosscut::rest_backward")
+def _(
+    d_lse: Tensor,
+    d_target_logit: Tensor,
+    lse: Tensor,
+    hidden: Tensor,
+    classifier: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    return _gradients_like((hidden, classifier, bias), needs)
+
+
+def _save_rest(ctx, inputs, output) -> None:
+    *tensors, ctx.softcap, ctx.logit_scale = inputs
+    ctx.save_for_backward(*tensors, output[0])
+
+
+def _backward_of_rest(ctx, d_lse: Tensor, d_target_logit: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, lse = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    options: Any = (ctx.softcap, ctx.logit_scale, needs)
+    gradients = _rest_backward(d_lse, d_target_logit, lse, *tensors, *options)
+    wanted = [grad if need else None for grad, need in zip(gradients, needs, strict=True)]
+    return (*wanted, None, None, None)
+
+
+torch.library.register_autograd("crosscut::rest", _backward_of_rest, setup_context=_save_rest)
+torch.library.register_autograd("crosscut::rest_backward", _no_double_backward)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from crosscut import backends, ops, statistics, tokens
+from crosscut import backends, statistics, tokens
 from crosscut.arguments import (
     at_temperature,
     checked_normalizer,
     flat_token_weight,
     head_problem,
+    number_of_scale,
+    take_statistics,
     wants_gradient,
 )
 from crosscut.backends import Explanation
-from crosscut.backends.protocol import HeadProblem
-from crosscut.options import GradientPolicy, HeadOptions, LossOptions, Reduction
+from crosscut.backends.protocol import HeadProblem, Statistics
+from crosscut.options import GradientPolicy, HeadOptions, LossOptions, Reduction, check_flag
 from crosscut.statistics import TokenStatistics
 
 
@@ -29,13 +32,14 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
+    options: Any = None,
     token_weight: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     shift: int = 0,
     softcap: float | None = None,
-    logit_scale: float = 1.0,
+    logit_scale: Tensor | float = 1.0,
     z_loss: float = 0.0,
     policy: GradientPolicy = "auto",
     backend: str = "auto",
@@ -45,7 +49,8 @@ def linear_cross_entropy(
     Equals ``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)``, with the
     arguments of :func:`torch.nn.functional.linear_cross_entropy` and a few more. The method is
     Cut Cross-Entropy (arXiv:2411.09009); memory beyond the gradients is O(N + V) for N tokens and
-    V classes, plus a workspace of fixed size.
+    V classes, plus a workspace of fixed size. Of what PyTorch's function takes, two things are
+    errors here: a target of class probabilities, and a head of more than two dimensions.
 
     Args:
         input: hidden states ``[..., D]`` of any float dtype.
@@ -55,8 +60,10 @@ def linear_cross_entropy(
         weight: class weights ``[V]``, as in :class:`torch.nn.CrossEntropyLoss`.
         reduction: ``"mean"`` over the targets kept (weighted by ``weight`` and ``token_weight``),
             ``"sum"``, or ``"none"`` for the shape of ``target``.
-        ignore_index: a target of this value takes no part and costs no time.
+        ignore_index: a target of this value takes no part and costs no time. None is -100.
         label_smoothing: share of the target spread over all classes, in [0, 1].
+        options: a :class:`torch.nn.LinearCrossEntropyOptions`, or None. It says how PyTorch's
+            function cuts the logits into chunks, and changes nothing here.
         token_weight: a factor of each token's loss, ``[...]`` as ``target``, differentiable. What
             it says of an ignored target is not looked at.
         normalizer: what ``"mean"`` divides the sum by, in place of the number of targets kept (or
@@ -67,7 +74,10 @@ def linear_cross_entropy(
             language model whose labels are its input ids. The first ``shift`` targets of each
             sequence are ignored.
         softcap: logits become ``softcap * tanh(logits / softcap)``, as in Gemma 2.
-        logit_scale: factor of ``input @ linear_weight.T``, as in Cohere's and Granite's models.
+        logit_scale: factor of ``input @ linear_weight.T``, as in Cohere's and Granite's models: a
+            number, or a floating-point tensor of one, which may be learned (CLIP, muP). With a
+            tensor the hidden states are multiplied by it first, in float32 at least: a copy of
+            them is made, and its gradient comes from theirs.
         z_loss: adds ``z_loss * lse**2`` to each token's loss (PaLM, arXiv:2204.02311, section 5).
         policy: how much of the softmax the gradient computes. See
             :data:`crosscut.GradientPolicy`.
@@ -82,50 +92,48 @@ def linear_cross_entropy(
         TypeError: a dtype or the type of an option does not fit.
         IndexError: a target is out of range (checked on the CPU; on a GPU it is undefined, as
             looking would stall it).
+        RuntimeError: a tensor has a tangent, as under ``torch.func.jvp``.
 
     Note:
         Gradients come in the inputs' dtypes. Differentiating them again raises RuntimeError.
     """
-    options = LossOptions(
-        softcap=softcap,
-        logit_scale=logit_scale,
-        policy=policy,
-        backend=backend,
-        reduction=reduction,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        shift=shift,
-        z_loss=z_loss,
-    )
-    problem = head_problem(
-        (input, linear_weight, target, linear_bias), options, ignore_index, shift
-    )
-    if weight is not None:
-        weight = _checked_class_weight(weight, problem)
-    if token_weight is not None:
-        token_weight = flat_token_weight(token_weight, target, problem, shift)
-    if normalizer is not None:
-        normalizer = checked_normalizer(normalizer, reduction, problem.statistics_dtype)
-    if label_smoothing:
-        ones = problem.classifier.new_ones(len(linear_weight), dtype=problem.statistics_dtype)
-        smoothing_weight = (ones if weight is None else weight) / len(linear_weight)
-        problem = replace(problem, logit_weight=smoothing_weight)
-
-    found = ops.token_statistics(problem, for_backward=wants_gradient(problem))
-    loss = statistics.cross_entropy(
-        TokenStatistics(lse=found.lse, target_logit=found.target_logit),
-        found.logit_sum if label_smoothing else None,
-        problem.labels,
-        weight,
+    call = _loss_call(
+        (input, linear_weight, target, linear_bias, logit_scale),
+        LossOptions(
+            softcap=softcap,
+            logit_scale=number_of_scale(logit_scale),
+            policy=policy,
+            backend=backend,
+            reduction=reduction,
+            ignore_index=-100 if ignore_index is None else ignore_index,
+            label_smoothing=label_smoothing,
+            shift=shift,
+            z_loss=z_loss,
+        ),
+        (weight, token_weight, normalizer),
         options,
     )
-    if token_weight is not None:
-        loss = loss * token_weight
+    problem, asked, weight = call.problem, call.options, call.weight
+    found = take_statistics(
+        problem, target, asked.ignore_index, asked.shift, for_backward=wants_gradient(problem)
+    )
+    loss = statistics.cross_entropy(
+        TokenStatistics(lse=found.lse, target_logit=found.target_logit),
+        found.logit_sum if asked.label_smoothing else None,
+        problem.labels,
+        weight,
+        asked,
+    )
+    if call.token_weight is not None:
+        loss = loss * call.token_weight
     if reduction == "none":
-        return tokens.unflatten(loss, target.shape, shift=shift)
-    if reduction == "mean" and normalizer is None:
-        normalizer = statistics.total_weight(problem.labels, weight, token_weight)
-    return loss.sum() if normalizer is None else loss.sum() / normalizer
+        return tokens.unflatten(loss, target.shape, shift=asked.shift)
+    if reduction == "sum":
+        return loss.sum()
+    divisor = call.normalizer
+    if divisor is None:
+        divisor = statistics.total_weight(problem.labels, weight, call.token_weight)
+    return statistics.mean(loss, divisor)
 
 
 def token_statistics(
@@ -137,7 +145,7 @@ def token_statistics(
     ignore_index: int = -100,
     shift: int = 0,
     softcap: float | None = None,
-    logit_scale: float = 1.0,
+    logit_scale: Tensor | float = 1.0,
     temperature: float = 1.0,
     entropy: bool = False,
     ranks: bool = False,
@@ -160,12 +168,19 @@ def token_statistics(
     Returns:
         Float32 (float64 for float64 inputs); 0, without gradient, where the target is ignored.
     """
-    options = HeadOptions(softcap=softcap, logit_scale=logit_scale, policy=policy, backend=backend)
+    scale = number_of_scale(logit_scale)
+    options = HeadOptions(softcap=softcap, logit_scale=scale, policy=policy, backend=backend)
     problem = head_problem(
-        (input, linear_weight, target, linear_bias), options, ignore_index, shift
+        (input, linear_weight, target, linear_bias, logit_scale), options, ignore_index, shift
     )
-    problem = replace(at_temperature(problem, temperature), entropy=entropy, ranks=ranks)
-    found = ops.token_statistics(problem, for_backward=wants_gradient(problem))
+    problem = replace(
+        at_temperature(problem, temperature),
+        entropy=check_flag("entropy", entropy),
+        ranks=check_flag("ranks", ranks),
+    )
+    found = take_statistics(
+        problem, target, ignore_index, shift, for_backward=wants_gradient(problem)
+    )
 
     def shaped(values: Tensor, ignored: int = 0) -> Tensor:
         if ignored:
@@ -190,7 +205,7 @@ def linear_log_probs(
     ignore_index: int = -100,
     shift: int = 0,
     softcap: float | None = None,
-    logit_scale: float = 1.0,
+    logit_scale: Tensor | float = 1.0,
     temperature: float = 1.0,
     policy: GradientPolicy = "auto",
     backend: str = "auto",
@@ -208,15 +223,27 @@ def linear_log_probs(
         Nats in the shape of ``target``, float32 (float64 for float64 inputs); 0, without
         gradient, where the target is ignored.
     """
-    options = HeadOptions(softcap=softcap, logit_scale=logit_scale, policy=policy, backend=backend)
+    scale = number_of_scale(logit_scale)
+    options = HeadOptions(softcap=softcap, logit_scale=scale, policy=policy, backend=backend)
     problem = head_problem(
-        (input, linear_weight, target, linear_bias), options, ignore_index, shift, several=True
+        (input, linear_weight, target, linear_bias, logit_scale),
+        options,
+        ignore_index,
+        shift,
+        several=True,
     )
     problem = at_temperature(problem, temperature)
-    found = ops.token_statistics(problem, for_backward=wants_gradient(problem))
-    lse = found.lse if problem.labels.dim() == 1 else found.lse[:, None]
-    log_prob = torch.where(problem.labels >= 0, found.target_logit - lse, 0)
+    found = take_statistics(
+        problem, target, ignore_index, shift, for_backward=wants_gradient(problem)
+    )
+    log_prob = log_probs_of(problem, found)
     return tokens.unflatten(log_prob, input.shape[:-1], shift=shift)
+
+
+def log_probs_of(problem: HeadProblem, found: Statistics) -> Tensor:
+    """Log-probabilities of the labels, in their shape, 0 where there is none."""
+    lse = found.lse if problem.labels.dim() == 1 else found.lse[:, None]
+    return torch.where(problem.labels >= 0, found.target_logit - lse, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +269,7 @@ def gradient_sparsity(
     ignore_index: int = -100,
     shift: int = 0,
     softcap: float | None = None,
-    logit_scale: float = 1.0,
+    logit_scale: Tensor | float = 1.0,
     policy: GradientPolicy = "auto",
     backend: str = "auto",
 ) -> GradientSparsity:
@@ -251,14 +278,15 @@ def gradient_sparsity(
     Arguments and errors are those of :func:`linear_cross_entropy`. The paper's ``"cce"`` policies
     decide in the backward: for them, ValueError.
     """
-    options = HeadOptions(softcap=softcap, logit_scale=logit_scale, policy=policy, backend=backend)
+    scale = number_of_scale(logit_scale)
+    options = HeadOptions(softcap=softcap, logit_scale=scale, policy=policy, backend=backend)
     if policy.startswith("cce"):
         raise ValueError(f"policy must be 'auto', 'filtered' or 'exact' here, got {policy!r}")
     problem = head_problem(
-        (input, linear_weight, target, linear_bias), options, ignore_index, shift
+        (input, linear_weight, target, linear_bias, logit_scale), options, ignore_index, shift
     )
     with torch.no_grad():
-        found = ops.token_statistics(problem, for_backward=True)
+        found = take_statistics(problem, target, ignore_index, shift, for_backward=True)
     kept, tail = backends.choose(problem).sparsity(problem, found)
     return GradientSparsity(kept=kept, tail=tail)
 
@@ -269,22 +297,113 @@ def explain(
     target: Tensor,
     *,
     linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    token_weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    shift: int = 0,
     softcap: float | None = None,
-    logit_scale: float = 1.0,
+    logit_scale: Tensor | float = 1.0,
+    z_loss: float = 0.0,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    ranks: bool = False,
     policy: GradientPolicy = "auto",
     backend: str = "auto",
 ) -> Explanation:
-    """Which backend would run this call, and why not the others. Reads no values.
+    """Which backend would run this call, and why not the others. Reads no class.
 
-    Arguments and errors are those of :func:`linear_cross_entropy`; tensors on the ``meta`` device
-    will do.
+    Arguments and errors are those of :func:`linear_cross_entropy`, and of the other functions that
+    the call may be of: ``temperature`` and targets ``[..., K]`` as in :func:`linear_log_probs`,
+    ``entropy`` and ``ranks`` as in :func:`token_statistics`. Tensors on the ``meta`` device will
+    do.
     """
-    options = HeadOptions(softcap=softcap, logit_scale=logit_scale, policy=policy, backend=backend)
-    return backends.explain(
-        head_problem(
-            (input, linear_weight, target, linear_bias), options, ignore_index=-100, shift=0
-        )
+    problem = _loss_call(
+        (input, linear_weight, target, linear_bias, logit_scale),
+        LossOptions(
+            softcap=softcap,
+            logit_scale=number_of_scale(logit_scale),
+            policy=policy,
+            backend=backend,
+            reduction=reduction,
+            ignore_index=-100 if ignore_index is None else ignore_index,
+            label_smoothing=label_smoothing,
+            shift=shift,
+            z_loss=z_loss,
+        ),
+        (weight, token_weight, normalizer),
+        options,
+        several=True,
+    ).problem
+    problem = replace(
+        at_temperature(problem, temperature),
+        entropy=check_flag("entropy", entropy),
+        ranks=check_flag("ranks", ranks),
     )
+    return backends.explain(problem)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LossCall:
+    """A call of :func:`linear_cross_entropy`, checked.
+
+    Attributes:
+        problem: whose statistics the loss is made of.
+        options: of the loss.
+        weight: class weights [V] in the dtype of the statistics, or None.
+        token_weight: weight of each row [N] in that dtype, or None.
+        normalizer: what a mean is over, if not the rows that count.
+    """
+
+    problem: HeadProblem
+    options: LossOptions
+    weight: Tensor | None
+    token_weight: Tensor | None
+    normalizer: Tensor | float | None
+
+
+def _loss_call(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | float],
+    options: LossOptions,
+    weights: tuple[Tensor | None, Tensor | None, Tensor | float | None],
+    torch_options: Any,
+    *,
+    several: bool = False,
+) -> _LossCall:
+    """The arguments of :func:`linear_cross_entropy`, checked."""
+    _check_torch_options(torch_options)
+    problem = head_problem(tensors, options, options.ignore_index, options.shift, several=several)
+    dtype, num_classes = problem.statistics_dtype, len(problem.classifier)
+    weight, token_weight, normalizer = weights
+    if weight is not None:
+        weight = _checked_class_weight(weight, problem)
+    if token_weight is not None:
+        token_weight = flat_token_weight(token_weight, tensors[2], problem, options.shift)
+    if normalizer is not None:
+        normalizer = checked_normalizer(normalizer, options.reduction, dtype)
+    if options.label_smoothing:
+        ones = problem.classifier.new_ones(num_classes, dtype=dtype)
+        smoothing_weight = (ones if weight is None else weight) / num_classes
+        problem = replace(problem, logit_weight=smoothing_weight)
+    return _LossCall(
+        problem=problem,
+        options=options,
+        weight=weight,
+        token_weight=token_weight,
+        normalizer=normalizer,
+    )
+
+
+def _check_torch_options(options: Any) -> None:
+    kind = getattr(torch.nn, "LinearCrossEntropyOptions", ())  # from PyTorch 2.13 on
+    if options is not None and not isinstance(options, kind):
+        raise TypeError(
+            "options must be a torch.nn.LinearCrossEntropyOptions or None, "
+            f"got {type(options).__name__}"
+        )
 
 
 def _checked_class_weight(weight: Tensor, problem: HeadProblem) -> Tensor:

@@ -13,6 +13,8 @@ options that do not fit, TypeError for types that do not.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,8 +56,8 @@ def dpo(
         reference_chosen=reference_chosen,
         reference_rejected=reference_rejected,
     )
-    check_positive("beta", beta)
-    check_between("label_smoothing", label_smoothing, 0, 1)
+    beta = check_positive("beta", beta)
+    label_smoothing = check_between("label_smoothing", label_smoothing, 0, 1)
     margin = (chosen - reference_chosen) - (rejected - reference_rejected)
     return _preference(beta * margin, label_smoothing)
 
@@ -89,7 +91,7 @@ def ipo(
         reference_chosen=reference_chosen,
         reference_rejected=reference_rejected,
     )
-    check_positive("beta", beta)
+    beta = check_positive("beta", beta)
     margin = (chosen - reference_chosen) - (rejected - reference_rejected)
     return (margin - 1 / (2 * beta)) ** 2
 
@@ -118,9 +120,9 @@ def cpo(
         ``[B]``.
     """
     _check_shapes(chosen=chosen, rejected=rejected)
-    check_positive("beta", beta)
-    check_between("label_smoothing", label_smoothing, 0, 1)
-    check_finite("nll_weight", nll_weight)
+    beta = check_positive("beta", beta)
+    label_smoothing = check_between("label_smoothing", label_smoothing, 0, 1)
+    nll_weight = check_finite("nll_weight", nll_weight)
     return _preference(beta * (chosen - rejected), label_smoothing) - nll_weight * chosen
 
 
@@ -139,8 +141,8 @@ def simpo(chosen: Tensor, rejected: Tensor, *, beta: float = 2.0, gamma: float =
         ``[B]``.
     """
     _check_shapes(chosen=chosen, rejected=rejected)
-    check_positive("beta", beta)
-    check_finite("gamma", gamma)
+    beta = check_positive("beta", beta)
+    gamma = check_finite("gamma", gamma)
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
 
@@ -159,7 +161,7 @@ def orpo(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
         ``[B]``.
     """
     _check_shapes(chosen=chosen, rejected=rejected)
-    check_positive("beta", beta)
+    beta = check_positive("beta", beta)
     log_odds_ratio = _log_odds(chosen) - _log_odds(rejected)
     return -chosen - beta * F.logsigmoid(log_odds_ratio)
 
@@ -203,9 +205,9 @@ def kto(
             f"desirable must have log_prob's shape, {list(log_prob.shape)}, "
             f"got {list(desirable.shape)}"
         )
-    check_positive("beta", beta)
-    check_finite("desirable_weight", desirable_weight)
-    check_finite("undesirable_weight", undesirable_weight)
+    beta = check_positive("beta", beta)
+    desirable_weight = check_finite("desirable_weight", desirable_weight)
+    undesirable_weight = check_finite("undesirable_weight", undesirable_weight)
     point = torch.as_tensor(kl, dtype=log_prob.dtype, device=log_prob.device).detach()
     if point.numel() != 1:
         raise ValueError(f"kl must be a number or a tensor of one, got shape {list(point.shape)}")
@@ -239,7 +241,7 @@ def clipped_surrogate(
     Args:
         log_prob: of each token under the policy, ``[..., T]``.
         old_log_prob: under the policy that made them, ``[..., T]``; no gradient flows into it.
-        advantage: ``[..., T]``, or what broadcasts to it: ``[..., 1]`` for one a sequence.
+        advantage: ``[..., T]``, or 1 in place of a dimension: ``[..., 1]`` for one per sequence.
         clip_low: how far the ratio may fall below 1 and still count, in [0, 1].
         clip_high: how far it may rise above, at least 0; more than ``clip_low`` in DAPO
             (arXiv:2503.14476, section 3.1).
@@ -255,22 +257,27 @@ def clipped_surrogate(
     _check_shapes(log_prob=log_prob, old_log_prob=old_log_prob)
     if not isinstance(advantage, Tensor):
         raise TypeError(f"advantage must be a Tensor, got {type(advantage).__name__}")
-    dims = zip(reversed(advantage.shape), reversed(log_prob.shape), strict=False)
-    if advantage.dim() > log_prob.dim() or any(a not in (1, b) for a, b in dims):
+    dims = zip(advantage.shape, log_prob.shape, strict=False)
+    if advantage.dim() != log_prob.dim() or any(a not in (1, b) for a, b in dims):
         raise ValueError(
-            f"advantage must broadcast to log_prob's shape, {list(log_prob.shape)}, "
-            f"got {list(advantage.shape)}"
+            f"advantage must have log_prob's shape, {list(log_prob.shape)}, with 1 for a dimension "
+            f"along which it is one, got {list(advantage.shape)}"
         )
-    check_between("clip_low", clip_low, 0, 1)
-    check_between("clip_high", clip_high, 0, float("inf"))
-    ratio = (log_prob - old_log_prob.detach()).exp()
+    clip_low = check_between("clip_low", clip_low, 0, 1)
+    clip_high = check_between("clip_high", clip_high, 0, float("inf"))
+    log_ratio = log_prob - old_log_prob.detach()
+    # Where a higher ratio adds nothing, it must not overflow: its gradient would be 0 * inf.
+    most = math.log(torch.finfo(log_ratio.dtype).max) - 1
+    log_ratio = torch.where(advantage < 0, log_ratio, log_ratio.clamp_max(most))
+    ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -torch.minimum(ratio * advantage, clipped * advantage)
+    kl_weight = check_finite("kl_weight", kl_weight)
+    entropy_weight = check_finite("entropy_weight", entropy_weight)
     for name, weight, of, value in (
         ("kl_weight", kl_weight, "reference_log_prob", reference_log_prob),
         ("entropy_weight", entropy_weight, "entropy", entropy),
     ):
-        check_finite(name, weight)
         if weight and value is None:
             raise ValueError(f"{name}={weight} needs {of}")
     if kl_weight and reference_log_prob is not None:

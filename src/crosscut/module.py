@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from crosscut import backends
 from crosscut.functional import linear_cross_entropy
 from crosscut.options import GradientPolicy, LossOptions, Reduction
 
@@ -30,7 +31,7 @@ class LinearCrossEntropy(nn.Module):
         *,
         weight: Tensor | None = None,
         reduction: Reduction = "mean",
-        ignore_index: int = -100,
+        ignore_index: int | None = -100,
         label_smoothing: float = 0.0,
         shift: int = 0,
         softcap: float | None = None,
@@ -40,10 +41,11 @@ class LinearCrossEntropy(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        backends.check_name(backend)
         self.register_buffer("weight", weight, persistent=False)
         self.options = LossOptions(
             reduction=reduction,
-            ignore_index=ignore_index,
+            ignore_index=-100 if ignore_index is None else ignore_index,
             label_smoothing=label_smoothing,
             shift=shift,
             softcap=softcap,
@@ -62,9 +64,22 @@ class LinearCrossEntropy(nn.Module):
         *,
         token_weight: Tensor | None = None,
         normalizer: Tensor | float | None = None,
+        logit_scale: Tensor | float | None = None,
     ) -> Tensor:
-        """Loss of ``input [..., D]`` against ``target [...]`` under the head ``[V, D]``."""
-        options: dict[str, Any] = vars(self.options)
+        """Loss of ``input [..., D]`` against ``target [...]`` under the head ``[V, D]``.
+
+        Args:
+            input: as in :func:`crosscut.linear_cross_entropy`, and so are the other tensors.
+            linear_weight: the head's weight.
+            target: classes.
+            linear_bias: the head's bias.
+            token_weight: a factor of each token's loss.
+            normalizer: what a mean divides by.
+            logit_scale: in place of the module's; one that is learned is a tensor.
+        """
+        options: dict[str, Any] = dict(vars(self.options))
+        if logit_scale is not None:
+            options["logit_scale"] = logit_scale
         return linear_cross_entropy(
             input, linear_weight, target, linear_bias=linear_bias, weight=self.weight,
             token_weight=token_weight, normalizer=normalizer, **options,

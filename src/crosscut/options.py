@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 GradientPolicy = Literal[
@@ -59,11 +60,11 @@ class HeadOptions:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.softcap is not None:
-            _check_number("softcap", self.softcap, "a positive finite number or None")
-            if not 0 < self.softcap < math.inf:
-                raise ValueError(f"softcap must be a positive finite number, got {self.softcap}")
-        check_finite("logit_scale", self.logit_scale)
+        _set(
+            self,
+            softcap=check_softcap("softcap", self.softcap),
+            logit_scale=check_finite("logit_scale", self.logit_scale),
+        )
         _check_choice("policy", self.policy, POLICIES)
 
 
@@ -80,10 +81,13 @@ class LossOptions(HeadOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_choice("reduction", self.reduction, REDUCTIONS)
-        check_integer("ignore_index", self.ignore_index)
-        check_shift(self.shift)
-        check_between("label_smoothing", self.label_smoothing, 0, 1)
-        check_between("z_loss", self.z_loss, 0, math.inf)
+        _set(
+            self,
+            ignore_index=check_integer("ignore_index", self.ignore_index),
+            shift=check_shift(self.shift),
+            label_smoothing=check_between("label_smoothing", self.label_smoothing, 0, 1),
+            z_loss=check_between("z_loss", self.z_loss, 0, math.inf),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,52 +102,86 @@ class DistillationOptions:
 
     def __post_init__(self) -> None:
         _check_choice("divergence", self.divergence, DIVERGENCES)
-        _check_number("beta", self.beta, "a number between 0 and 1")
-        if not 0 < self.beta < 1:
-            raise ValueError(f"beta must be between 0 and 1, got {self.beta}")
-        check_positive("temperature", self.temperature)
-        check_between("hard_weight", self.hard_weight, 0, 1)
+        beta = _number("beta", self.beta, "a number between 0 and 1")
+        if not 0 < beta < 1:
+            raise ValueError(f"beta must be between 0 and 1, got {beta}")
+        _set(
+            self,
+            beta=beta,
+            temperature=check_positive("temperature", self.temperature),
+            hard_weight=check_between("hard_weight", self.hard_weight, 0, 1),
+        )
         _check_choice("reduction", self.reduction, REDUCTIONS)
 
 
-def check_shift(shift: Any) -> None:
-    """Raise unless ``shift`` is an integer >= 0."""
-    check_integer("shift", shift)
+def check_flag(name: str, value: Any) -> bool:
+    """``value``. Raise TypeError unless it is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+    return value
+
+
+def check_shift(shift: Any) -> int:
+    """``shift``. Raise unless it is an integer >= 0."""
+    shift = check_integer("shift", shift)
     if shift < 0:
         raise ValueError(f"shift must be >= 0, got {shift}")
+    return shift
 
 
-def check_integer(name: str, value: Any) -> None:
-    """Raise TypeError unless ``value`` is an int."""
-    if not isinstance(value, int):
+def check_integer(name: str, value: Any) -> int:
+    """``value`` as an int, also if it is NumPy's. Raise TypeError unless it is one."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    return value if isinstance(value, int) else int(value)
 
 
-def check_positive(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a positive finite number."""
-    _check_number(name, value, "a positive finite number")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a positive finite number, got {value}")
+def check_softcap(name: str, value: Any) -> float | None:
+    """``value``. Raise unless it is None or a positive finite number."""
+    if value is None:
+        return None
+    number = _number(name, value, "a positive finite number or None")
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be a positive finite number, got {number}")
+    return number
 
 
-def check_finite(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a finite number."""
-    _check_number(name, value, "a finite number")
-    if not -math.inf < value < math.inf:  # the compiler knows no isfinite of a symbol
-        raise ValueError(f"{name} must be a finite number, got {value}")
+def check_positive(name: str, value: Any) -> float:
+    """``value``. Raise unless it is a positive finite number."""
+    number = _number(name, value, "a positive finite number")
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be a positive finite number, got {number}")
+    return number
 
 
-def check_between(name: str, value: Any, least: float, most: float) -> None:
-    """Raise unless ``value`` is a number in ``[least, most]``."""
+def check_finite(name: str, value: Any) -> float:
+    """``value``. Raise unless it is a finite number."""
+    number = _number(name, value, "a finite number")
+    if not -math.inf < number < math.inf:  # the compiler knows no isfinite of a symbol
+        raise ValueError(f"{name} must be a finite number, got {number}")
+    return number
+
+
+def check_between(name: str, value: Any, least: float, most: float) -> float:
+    """``value``. Raise unless it is a number in ``[least, most]``."""
     needed = f"a finite number >= {least}" if most == math.inf else f"in [{least}, {most}]"
-    _check_number(name, value, needed if most == math.inf else f"a number {needed}")
-    if not (least <= value <= most and value < math.inf):
-        raise ValueError(f"{name} must be {needed}, got {value}")
+    number = _number(name, value, needed if most == math.inf else f"a number {needed}")
+    if not (least <= number <= most and number < math.inf):
+        raise ValueError(f"{name} must be {needed}, got {number}")
+    return number
 
 
-def _check_number(name: str, value: Any, needed: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def _number(name: str, value: Any, needed: str) -> float:
+    """``value`` as one of Python's numbers, also if it is NumPy's."""
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {needed}, got {type(value).__name__}")
+    return value if isinstance(value, (int, float)) else float(value)
+
+
+def _set(record: Any, **values: Any) -> None:
+    """Replace fields of a frozen record that is being made."""
+    for name, value in values.items():
+        object.__setattr__(record, name, value)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -179,7 +217,7 @@ def set_workspace_limit(num_bytes: int) -> None:
         TypeError: num_bytes is not an int.
         ValueError: num_bytes is below 1.
     """
-    check_integer("num_bytes", num_bytes)
+    num_bytes = check_integer("num_bytes", num_bytes)
     if num_bytes < 1:
         raise ValueError(f"num_bytes must be at least 1, got {num_bytes}")
     global _workspace_limit

@@ -90,3 +90,12 @@ def total_weight(labels: Tensor, weight: Tensor | None, token_weight: Tensor | N
     if token_weight is not None:
         kept = kept * token_weight
     return kept.sum()
+
+
+def mean(losses: Tensor, divisor: Tensor | float) -> Tensor:
+    """Sum of the losses [N] over the divisor; where that is 0, NaN, with a gradient of 0."""
+    total = losses.sum()
+    if not isinstance(divisor, Tensor):
+        return total / divisor
+    empty = divisor == 0
+    return torch.where(empty, torch.nan, total / torch.where(empty, 1, divisor))

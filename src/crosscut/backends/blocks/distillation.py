@@ -14,12 +14,15 @@ Forward and reverse divergence are differences of logits, averaged under one of 
 log-sum-exp, this average runs along in one sweep over the classes. The mixture needs both
 log-sum-exps first, and a second sweep. With D the sum of both hidden sizes, 2NVD flop a sweep; the
 backward is one more, and the student's two products.
+
+A teacher of whom k classes are stored is compared to a student of whom k logits are known, and the
+log-sum-exp of the *rest*, from a sweep that leaves each token's k out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -113,23 +116,16 @@ def compute_student_gradients(
     needs: Needs,
 ) -> Gradients:
     """Gradients of the student's inputs, given what the forward returned."""
-    head = problem.student
-    rows = head.rows
-    student, teacher = _Side(head, rows), _Side(problem.teacher, rows)
+    rows = problem.student.rows
+    student, teacher = _Side(problem.student, rows), _Side(problem.teacher, rows)
     _look_ahead(problem, student, teacher)
     student.settle(found.student_lse[rows])
     teacher.settle(found.teacher_lse[rows])
-    dtype, scale = student.logits.dtype, student.logits.scale
-    d_hidden = head.hidden.new_zeros(len(rows), head.hidden.shape[1], dtype=dtype)
-    d_classifier = head.classifier.new_empty(head.classifier.shape) if needs.classifier else None
-    d_bias = None
-    if needs.bias and head.bias is not None:
-        d_bias = head.bias.new_empty(head.bias.shape)
-    for classes in student.class_blocks():
-        c, teacher_c = student.classifier(classes), teacher.classifier(classes)
-        d_c = torch.zeros(c.shape, dtype=dtype, device=c.device)
-        d_b = d_c.new_zeros(len(c))
-        for part in student.parts():
+
+    def gradient(classes: slice, c: Tensor) -> Callable[[slice], Tensor]:
+        teacher_c = teacher.classifier(classes)
+
+        def of_part(part: slice) -> Tensor:
             log_p = student.block(classes, c, part)
             log_q = teacher.block(classes, teacher_c, part)
             slope = student.logits.slope(log_p, student.reference[part])
@@ -138,14 +134,109 @@ def compute_student_gradients(
             soft = _slope(problem, log_p, log_q, found.center[chosen])
             soft.mul_(cotangents.divergence[chosen])
             dz = soft if dz is None else dz.add_(soft)
-            if slope is not None:
-                dz.mul_(slope)
+            return dz if slope is None else dz.mul_(slope)
+
+        return of_part
+
+    return _multiply(student, needs, gradient)
+
+
+def compute_rest(problem: HeadProblem) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of the classes that are no label of a token [N], and its labels' logits [N, K].
+
+    Both are 0 at rows that take no part.
+    """
+    check_labels(problem)
+    rows = problem.rows
+    side, labels = _Side(problem, rows), problem.labels[rows]
+    blocks = list(side.class_blocks())
+    # In low precision the first block only says where the others' logits are: near there it rounds
+    # least.
+    scouts = blocks[:1] if side.logits.fast != side.logits.dtype else []
+    for index, classes in enumerate(scouts + blocks):
+        if index == len(scouts):
+            side.lse.fill_(-math.inf)
+        c = side.classifier(classes)
+        for part in side.parts():
+            z = side.block(classes, c, part)
+            z[_find_all(classes, len(c), labels[part])[:2]] = -math.inf
+            side.add(z, part)
+    lse = torch.zeros_like(problem.labels[:, 0], dtype=problem.statistics_dtype)
+    logits = torch.zeros_like(problem.labels, dtype=problem.statistics_dtype)
+    for k in range(labels.shape[1]):
+        logits[rows, k] = _logits_at(problem, rows, labels[:, k].clamp_min(0)).to(logits)
+    return lse.index_copy_(0, rows, side.lse.to(lse)), logits.masked_fill_(problem.labels < 0, 0)
+
+
+def compute_rest_gradients(
+    problem: HeadProblem, lse: Tensor, cotangents: tuple[Tensor, Tensor], needs: Needs
+) -> Gradients:
+    """Gradients of the inputs, given the first of what :func:`compute_rest` returned, and of both.
+
+    Args:
+        problem: as there.
+        lse: [N].
+        cotangents: [N] and [N, K].
+        needs: which gradients are wanted.
+    """
+    rows = problem.rows
+    side, labels = _Side(problem, rows), problem.labels[rows]
+    side.settle(_finite(lse[rows]))
+    d_lse, d_logits = (of_rows[rows] for of_rows in cotangents)
+
+    def gradient(classes: slice, c: Tensor) -> Callable[[slice], Tensor]:
+        def of_part(part: slice) -> Tensor:
+            log_p = side.block(classes, c, part)
+            slope = side.logits.slope(log_p, side.reference[part])
+            dz = log_p.exp_()
+            row, token, k = _find_all(classes, len(dz), labels[part])
+            dz[row, token] = 0
+            dz.mul_(d_lse[part])
+            dz.index_put_((row, token), d_logits[part][token, k].to(dz), accumulate=True)
+            return dz if slope is None else dz.mul_(slope)
+
+        return of_part
+
+    return _multiply(side, needs, gradient)
+
+
+def _find_all(classes: slice, num_classes: int, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which labels [n, K] are among some classes: the place of each in them, its token, its k."""
+    row, place = find_labels(classes, num_classes, labels.reshape(-1))
+    return row, place // labels.shape[1], place % labels.shape[1]
+
+
+def _multiply(
+    side: _Side, needs: Needs, gradient: Callable[[slice, Tensor], Callable[[slice], Tensor]]
+) -> Gradients:
+    """Gradients of a head's inputs, given that of its logits, block by block.
+
+    Args:
+        side: the head.
+        needs: which gradients are wanted.
+        gradient: of classes, and their classifier [v, D], to a function of some rows, to the
+            gradient by the products of classifier and hidden states, before the scale, [v, n].
+    """
+    head, rows = side.problem, side.rows
+    dtype, scale = side.logits.dtype, side.logits.scale
+    d_hidden = head.hidden.new_zeros(len(rows), head.hidden.shape[1], dtype=dtype)
+    d_classifier = head.classifier.new_empty(head.classifier.shape) if needs.classifier else None
+    d_bias = None
+    if needs.bias and head.bias is not None:
+        d_bias = head.bias.new_empty(head.bias.shape)
+    for classes in side.class_blocks():
+        c = side.classifier(classes)
+        of_part = gradient(classes, c)
+        d_c = torch.zeros(c.shape, dtype=dtype, device=c.device)
+        d_b = d_c.new_zeros(len(c))
+        for part in side.parts():
+            dz = of_part(part)
             d_b += dz.sum(1)
             narrow = dz.to(c)
             if needs.hidden:
                 d_hidden[part] += narrow.t() @ c
             if d_classifier is not None:
-                d_c += narrow @ student.hidden(part)
+                d_c += narrow @ side.hidden(part)
         if d_classifier is not None:
             d_classifier[classes] = d_c.mul_(scale).to(d_classifier)
         if d_bias is not None:
@@ -318,15 +409,20 @@ def _hard_gradient(
 
 def _target_logits(problem: DistillationProblem, rows: Tensor) -> Tensor:
     """Logits of the hard loss at the labels, [R]."""
-    head, logits = problem.student, LogitBlocks(problem.student)
+    logits = _logits_at(problem.student, rows, problem.student.labels[rows])
+    return logits.mul_(problem.temperature or 1.0)
+
+
+def _logits_at(head: HeadProblem, rows: Tensor, labels: Tensor) -> Tensor:
+    """A logit of each row, [R], at a class of its own."""
+    logits = LogitBlocks(head)
     out = torch.zeros(rows.shape, dtype=logits.dtype, device=rows.device)
     for part in range(0, len(rows), BLOCK_N):
-        some = rows[part : part + BLOCK_N]
-        labels = head.labels[some]
-        products = (head.hidden[some].to(out) * head.classifier[labels]).sum(1)
-        bias = None if head.bias is None else head.bias[labels]
-        out[part : part + BLOCK_N] = logits.activate(products, bias)
-    return out.mul_(problem.temperature or 1.0)
+        some = slice(part, part + BLOCK_N)
+        products = (head.hidden[rows[some]].to(out) * head.classifier[labels[some]]).sum(1)
+        bias = None if head.bias is None else head.bias[labels[some]]
+        out[some] = logits.activate(products, bias)
+    return out
 
 
 def _finite(values: Tensor) -> Tensor:

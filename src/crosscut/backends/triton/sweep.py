@@ -141,7 +141,9 @@ def _workspaces(
             if first < last:  # not so where no chunk is narrower than another
                 parts.append((range(first, last), dz))
                 first = last
-    return [*parts, (range(first, num_classes), narrow)]
+    if first < num_classes:  # not so where dz of a chunk is larger than dC
+        parts.append((range(first, num_classes), narrow))
+    return parts
 
 
 def new_workspace(problem: HeadProblem, width: int) -> Tensor:
