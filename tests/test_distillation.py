@@ -686,12 +686,7 @@ class TestTopK:
             loss = torch.where(q > 0, q * (q.log() - log_p), 0).sum(-1)
             return torch.where(kept.any(-1), loss, 0)
 
-        true, expected = outcome(theirs, head.double()), outcome(theirs, head)
-        their_errors = [error(value, exact) for _, value, exact in pairs(expected, true)]
-        found = pairs(outcome(ours, head), true)
-        for (name, value, exact), their_error in zip(found, their_errors, strict=True):
-            allowed = FACTOR * their_error + rounding(value.dtype)
-            assert error(value, exact) <= allowed, f"{name}: {error(value, exact)} > {allowed}"
+        judging.judge(ours, theirs, head)
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("tokens", [0, 9])
@@ -827,7 +822,7 @@ def test_errors_of_top_k(index, prob, kind, message, tail):
 def test_errors_of_the_tail():
     head = make_head((4, 3, 5), torch.float32)
     index, prob = torch.tensor([[0, 1]] * 4), torch.full((4, 2), 0.25)
-    for options, kind, message in (
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"tail": "no"}, TypeError, "tail must be True or False, got str"),
         (
             {"tail": True, "backend": "triton"},
@@ -844,7 +839,8 @@ def test_errors_of_the_tail():
             ValueError,
             "backend='blocks' cannot serve this call: blocks: ",
         ),
-    ):
+    ]
+    for options, kind, message in cases:
         with pytest.raises(kind, match=f"^{re.escape(message)}"):
             crosscut.linear_topk_kl_div(head.input, head.linear_weight, index, prob, **options)
 

@@ -493,6 +493,14 @@ def test_module_refuses_when_it_is_made(name):
         crosscut.LinearCrossEntropy(**wrong)
 
 
+def test_a_deferred_head_refuses_when_it_is_made():
+    backends = ", ".join(map(repr, ("auto", *NAMES)))
+    with refuses(ValueError, f"backend must be one of {backends}, got 'cublas'"):
+        crosscut.defer_logits(torch.nn.Linear(4, 5), backend="cublas")
+    with refuses(ValueError, "min_numel must be >= 0, got -1"):
+        crosscut.defer_logits(torch.nn.Linear(4, 5), min_numel=-1)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(
     ("target", "wrong"),

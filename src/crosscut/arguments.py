@@ -29,25 +29,27 @@ NAMES = Names()
 
 
 def head_problem(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | float],
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None],
     options: HeadOptions,
     ignore_index: int,
     shift: int,
     *,
+    scale: Tensor | float = 1.0,
     several: bool = False,
     names: Names = NAMES,
 ) -> HeadProblem:
     """Checked, in autocast's dtype, and flat.
 
     Args:
-        tensors: input, linear_weight, target, linear_bias and logit_scale.
+        tensors: input, linear_weight, target and linear_bias.
         options: of the head; with :func:`number_of_scale`.
         ignore_index: a target that takes no part.
         shift: how far a target is ahead of the input that predicts it.
+        scale: logit_scale as it was given; a tensor scales the hidden states.
         several: whether target may also be [..., K].
         names: of the tensors.
     """
-    hidden, classifier, target, bias, scale = tensors
+    hidden, classifier, target, bias = tensors
     backends.check_name(options.backend)
     ignore_index, shift = check_integer("ignore_index", ignore_index), check_shift(shift)
     given = {names.hidden: hidden, names.classifier: classifier, names.target: target}

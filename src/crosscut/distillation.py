@@ -122,14 +122,15 @@ def linear_kl_div(
         labels = torch.zeros(input.shape[:-1], dtype=torch.int64, device=input.device)
         ignore_index = -1  # all count
     student = head_problem(
-        (input, linear_weight, labels, linear_bias, logit_scale),
+        (input, linear_weight, labels, linear_bias),
         HeadOptions(softcap=softcap, logit_scale=number_of_scale(logit_scale), backend=backend),
         ignore_index,
         shift,
+        scale=logit_scale,
     )
     teacher = _teacher_problem(
-        (teacher_input, teacher_weight, labels, teacher_bias, teacher_logit_scale),
-        teacher_softcap,
+        (teacher_input, teacher_weight, labels, teacher_bias),
+        (teacher_softcap, teacher_logit_scale),
         student,
         ignore_index,
         shift,
@@ -227,10 +228,11 @@ def linear_topk_kl_div(
         raise TypeError(f"teacher_prob must have a floating-point dtype, got {teacher_prob.dtype}")
     scale = number_of_scale(logit_scale)
     problem = head_problem(
-        (input, linear_weight, teacher_index, linear_bias, logit_scale),
+        (input, linear_weight, teacher_index, linear_bias),
         HeadOptions(softcap=softcap, logit_scale=scale, policy=policy, backend=backend),
         ignore_index,
         shift=0,
+        scale=logit_scale,
         several=True,
         names=Names(target="teacher_index"),
     )
@@ -300,28 +302,34 @@ def _check_top_k(q: Tensor, labels: Tensor, shape: torch.Size) -> None:
 
 
 def _teacher_problem(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | float],
-    softcap: float | None,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    options: tuple[float | None, Tensor | float],
     student: HeadProblem,
     ignore_index: int,
     shift: int,
 ) -> HeadProblem:
     """The teacher's head, without a gradient, checked to be one of the student's tokens."""
-    hidden, classifier, labels, _, scale = tensors
+    hidden, classifier, labels, _ = tensors
+    softcap, scale = options
     check_tensors({"input": student.hidden, "teacher_input": hidden})
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(
             "teacher_input must have input's shape but for its last dimension, "
             f"{list(labels.shape)}, got {list(hidden.shape[:-1])}"
         )
-    options = HeadOptions(
-        softcap=check_softcap("teacher_softcap", softcap),
-        logit_scale=check_finite("teacher_logit_scale", number_of_scale(scale)),
+    teacher = head_problem(
+        tensors,
+        HeadOptions(
+            softcap=check_softcap("teacher_softcap", softcap),
+            logit_scale=check_finite("teacher_logit_scale", number_of_scale(scale)),
+        ),
+        ignore_index,
+        shift,
+        scale=scale,
+        names=Names(
+            "teacher_input", "teacher_weight", "target", "teacher_bias", "teacher_logit_scale"
+        ),
     )
-    names = Names(
-        "teacher_input", "teacher_weight", "target", "teacher_bias", "teacher_logit_scale"
-    )
-    teacher = head_problem(tensors, options, ignore_index, shift, names=names)
     if len(teacher.classifier) != len(student.classifier):
         raise ValueError(
             f"teacher_weight must have linear_weight's {len(student.classifier)} classes, "

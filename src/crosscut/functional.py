@@ -171,7 +171,11 @@ def token_statistics(
     scale = number_of_scale(logit_scale)
     options = HeadOptions(softcap=softcap, logit_scale=scale, policy=policy, backend=backend)
     problem = head_problem(
-        (input, linear_weight, target, linear_bias, logit_scale), options, ignore_index, shift
+        (input, linear_weight, target, linear_bias),
+        options,
+        ignore_index,
+        shift,
+        scale=logit_scale,
     )
     problem = replace(
         at_temperature(problem, temperature),
@@ -226,10 +230,11 @@ def linear_log_probs(
     scale = number_of_scale(logit_scale)
     options = HeadOptions(softcap=softcap, logit_scale=scale, policy=policy, backend=backend)
     problem = head_problem(
-        (input, linear_weight, target, linear_bias, logit_scale),
+        (input, linear_weight, target, linear_bias),
         options,
         ignore_index,
         shift,
+        scale=logit_scale,
         several=True,
     )
     problem = at_temperature(problem, temperature)
@@ -283,7 +288,11 @@ def gradient_sparsity(
     if policy.startswith("cce"):
         raise ValueError(f"policy must be 'auto', 'filtered' or 'exact' here, got {policy!r}")
     problem = head_problem(
-        (input, linear_weight, target, linear_bias, logit_scale), options, ignore_index, shift
+        (input, linear_weight, target, linear_bias),
+        options,
+        ignore_index,
+        shift,
+        scale=logit_scale,
     )
     with torch.no_grad():
         found = take_statistics(problem, target, ignore_index, shift, for_backward=True)
@@ -373,9 +382,20 @@ def _loss_call(
     *,
     several: bool = False,
 ) -> _LossCall:
-    """The arguments of :func:`linear_cross_entropy`, checked."""
+    """The arguments of :func:`linear_cross_entropy`, checked.
+
+    Args:
+        tensors: input, linear_weight, target, linear_bias and logit_scale.
+        options: of the loss.
+        weights: weight, token_weight and normalizer.
+        torch_options: PyTorch's.
+        several: whether target may also be [..., K].
+    """
     _check_torch_options(torch_options)
-    problem = head_problem(tensors, options, options.ignore_index, options.shift, several=several)
+    *_, scale = tensors
+    problem = head_problem(
+        tensors[:4], options, options.ignore_index, options.shift, scale=scale, several=several
+    )
     dtype, num_classes = problem.statistics_dtype, len(problem.classifier)
     weight, token_weight, normalizer = weights
     if weight is not None:

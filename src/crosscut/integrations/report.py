@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import nn
 
+from crosscut import backends
 from crosscut.options import HeadOptions, check_integer
 
 OnMaterialize = Literal["warn", "silent", "error"]
@@ -90,7 +91,9 @@ class HeadSettings:
                 f"on_materialize must be one of {', '.join(map(repr, choices))}, "
                 f"got {self.on_materialize!r}"
             )
-        check_integer("min_numel", self.min_numel)
+        if check_integer("min_numel", self.min_numel) < 0:
+            raise ValueError(f"min_numel must be >= 0, got {self.min_numel}")
+        backends.check_name(self.options.backend)
 
     def note_materialized(self, what: str, shape: torch.Size, *, under_grad: bool) -> None:
         """Record that logits are about to be computed; warn or raise as the user chose."""

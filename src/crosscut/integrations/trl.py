@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosscut import backends, ops
+from crosscut import ops
 from crosscut.arguments import at_temperature, head_problem, wants_gradient
 from crosscut.backends.protocol import HeadProblem
 from crosscut.integrations.head import why_not_defer
@@ -54,7 +54,6 @@ def patch_trl(*, policy: GradientPolicy = "auto", backend: str = "auto") -> Head
         ValueError: an option does not fit.
     """
     settings = HeadSettings(min_numel=0, options=HeadOptions(policy=policy, backend=backend))
-    backends.check_name(backend)
     try:
         trl = importlib.import_module("trl")
     except ImportError as error:
