@@ -184,7 +184,8 @@ def _pytorch() -> list[Contender]:
     return [
         Contender(
             name="pytorch",
-            what="F.cross_entropy(F.linear(hidden, classifier), labels)",
+            what="F.cross_entropy(F.linear(hidden, classifier), labels); so does "
+            "F.linear_cross_entropy without options",
             grade=Grade.STANDARD,
             slack=1.5,
             build=plain,

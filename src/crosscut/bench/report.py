@@ -126,7 +126,7 @@ def doubts(result: BenchResult) -> list[str]:
             f"NOISY: {', and '.join(reasons)}. Do not compare these times; run it again on a quiet "
             "machine."
         )
-        if result.workload.device == "cpu":
+        if result.workload.device == "cpu" and result.machine.wait_policy is None:
             lines[0] += (
                 " Threads that wait for others in a busy loop suffer most: where a machine cannot "
                 "be quiet, set OMP_WAIT_POLICY=PASSIVE."
@@ -199,7 +199,8 @@ def plot(result: BenchResult, path: Path) -> None:
         axes.margins(x=0.16)
     heading, where = title(result).splitlines()
     figure.suptitle(heading.split(" (")[0], fontsize=12, x=0.01, ha="left")
-    figure.text(0.01, -0.02, where, fontsize=8, color="#555555", ha="left", va="top")
+    below = [where, *(line.split(". ")[0] for line in doubts(result))]
+    figure.text(0.01, -0.02, "\n".join(below), fontsize=8, color="#555555", ha="left", va="top")
     figure.savefig(path, dpi=160, bbox_inches="tight")
     pyplot.close(figure)
 

@@ -87,7 +87,11 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where it ran. ``memory_bytes`` is the machine's, or None where unknown."""
+    """Where it ran.
+
+    ``memory_bytes`` is the machine's, or None where unknown; ``wait_policy`` is the environment's
+    ``OMP_WAIT_POLICY``, how threads wait for each other.
+    """
 
     system: str
     cpu: str
@@ -97,6 +101,7 @@ class Machine:
     gpu: str | None
     python: str
     torch: str
+    wait_policy: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +204,7 @@ def this_machine() -> Machine:
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         python=platform.python_version(),
         torch=torch.__version__,
+        wait_policy=os.environ.get("OMP_WAIT_POLICY"),
     )
 
 
