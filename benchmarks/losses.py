@@ -31,7 +31,7 @@ from crosscut.bench import measure, results, workloads
 from crosscut.bench.progress import Silent
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-REPEATS = 3
+REPEATS = 5
 SLACK = 1.5
 TOKENS = 512  # of the truth, at a time
 
@@ -131,7 +131,7 @@ def rows_of(
     """A row a contender: ``task`` on ``hidden``, the labels or the teacher being ``given``."""
     losses, classifier = task(given), given.classifier
     device, out, errors = hidden.device, [], {}
-    repeats = REPEATS if device.type == "cpu" else 3 * REPEATS
+    repeats = REPEATS if device.type == "cpu" else 2 * REPEATS
     exact = truth(task, given, hidden)
     for name, loss in losses.items():
         found = gradients(loss, hidden, classifier)
@@ -159,9 +159,9 @@ def rows_of(
         forward()  # compiles
         times = [[measure.seconds(work, device) for work in (matmul, forward, both)]
                  for _ in range(repeats)]  # fmt: skip
-        matmul_s, row["forward_s"], row["forward_backward_s"] = map(
-            median, zip(*times, strict=True)
-        )
+        *_, both_s = samples = list(zip(*times, strict=True))
+        matmul_s, row["forward_s"], row["forward_backward_s"] = map(median, samples)
+        row["max_over_min"] = max(both_s) / min(both_s)  # of forward and backward
         row["forward_over_matmul"] = row["forward_s"] / matmul_s
         row["forward_backward_over_matmul"] = row["forward_backward_s"] / matmul_s
         row["peak_extra_bytes"] = (
