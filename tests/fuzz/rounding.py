@@ -62,12 +62,8 @@ class Arithmetic:
         return _LogSumExp.apply(values, self)
 
     def rounded(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rounded where the numbers of the dtype would be if its unit were another.
-
-        Equal values are rounded alike, as they are by any computer.
-        """
-        unit = torch.rand(self.draws, generator=self._generator, dtype=torch.float64).add_(0.5)
-        unit = unit.view(-1, *(1,) * (values.dim() - 1))
+        """Rounded where the numbers of the dtype would be if its unit were another."""
+        unit = self._units(values)
         found = (values * unit).to(dtype).double() / unit
         found[0] = values[0]
         return found
@@ -90,12 +86,20 @@ class Arithmetic:
         alike = (total**2 / (length * squares)).nan_to_num() ** 8
         size = length / 2 * squares + total**2 * (length / 3 + alike * length**2 / 16)
         size = size.sqrt().nan_to_num()
-        # Equal sums are off by the same: what is random is how far from the last bit one begins.
-        unit = torch.rand(self.draws, generator=self._generator, dtype=torch.float64).add_(0.5)
-        unit = unit.view(-1, *(1,) * (size.dim() - 1))
-        noise = torch.frac(torch.frexp(size)[0] * unit * 2**20).mul_(2).sub_(1)
+        noise = torch.frac(torch.frexp(size)[0] * self._units(size) * 2**20).mul_(2).sub_(1)
         noise[0] = 0
         return size * noise * (torch.finfo(self.wide_dtype).eps / 2)
+
+    def _units(self, like: Tensor) -> Tensor:
+        """Between a half and one and a half, ``[draws, ...]``.
+
+        In every second draw the same for all values: equal ones are then rounded alike, and their
+        errors add up, or cancel. In the others one for each value, as if no two were quite equal.
+        """
+        shape = len(like[::2]), *(1,) * (like.dim() - 1)
+        units = torch.rand(like.shape, generator=self._generator, dtype=torch.float64)
+        units[::2] = torch.rand(shape, generator=self._generator, dtype=torch.float64)
+        return units.add_(0.5)
 
 
 class _Rounded(torch.autograd.Function):
