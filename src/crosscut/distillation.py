@@ -33,7 +33,6 @@ from crosscut.options import (
     check_flag,
     check_softcap,
 )
-from crosscut.statistics import TokenStatistics
 
 
 def linear_kl_div(
@@ -152,8 +151,8 @@ def linear_kl_div(
         raise out_of_range(student, labels, ignore_index, shift) from None
     loss = found.divergence
     if hard_weight:
-        hard = TokenStatistics(lse=found.hard_lse, target_logit=found.target_logit)
-        loss = (1 - hard_weight) * loss - hard_weight * hard.log_prob
+        hard = (found.hard_lse - found.target_logit).clamp_min(0)  # two roundings
+        loss = (1 - hard_weight) * loss + hard_weight * hard
     if token_weight is not None:
         loss = loss * token_weight
     if reduction == "none":

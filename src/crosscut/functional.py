@@ -118,7 +118,7 @@ def linear_cross_entropy(
         problem, target, asked.ignore_index, asked.shift, for_backward=wants_gradient(problem)
     )
     loss = statistics.cross_entropy(
-        TokenStatistics(lse=found.lse, target_logit=found.target_logit),
+        TokenStatistics(lse=found.lse, target_logit=found.target_logit, log_prob=found.log_prob),
         found.logit_sum if asked.label_smoothing else None,
         problem.labels,
         weight,
@@ -194,6 +194,7 @@ def token_statistics(
     return TokenStatistics(
         lse=shaped(found.lse),
         target_logit=shaped(found.target_logit),
+        log_prob=shaped(found.log_prob),
         entropy=shaped(found.entropy) if entropy else None,
         argmax=shaped(found.argmax, -1) if ranks else None,
         target_rank=shaped(found.target_rank, len(linear_weight)) if ranks else None,

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from crosscut.backends import choose
-from crosscut.backends.protocol import Cotangents, HeadProblem, Needs, Statistics
+from crosscut.backends.protocol import (
+    DIFFERENTIABLE,
+    Cotangents,
+    HeadProblem,
+    Needs,
+    Statistics,
+)
 from crosscut.custom_operator import custom_operator
 from crosscut.options import HeadOptions
 
@@ -50,7 +56,9 @@ def _token_statistics(
     entropy: bool,
     ranks: bool,
     for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:  # as Statistics
     tensors = (hidden, classifier, bias, labels, logit_weight)
     problem = _problem(tensors, softcap, logit_scale, policy, backend, entropy, ranks)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -79,8 +87,9 @@ def _(
 
 @custom_operator("crosscut::token_statistics_backward")
 def _token_statistics_backward(
-    d_lse: Tensor,
-    d_target_logit: Tensor,
+    d_lse: Tensor | None,
+    d_target_logit: Tensor | None,
+    d_log_prob: Tensor | None,
     d_logit_sum: Tensor | None,
     d_entropy: Tensor | None,
     statistics: list[Tensor],
@@ -103,7 +112,7 @@ def _token_statistics_backward(
         gradients = choose(problem).backward(
             problem,
             found,
-            Cotangents(d_lse, d_target_logit, d_logit_sum, d_entropy),
+            Cotangents(d_lse, d_target_logit, d_log_prob, d_logit_sum, d_entropy),
             Needs(*needs),
         )
     d_hidden, d_classifier, d_bias = (
@@ -114,8 +123,9 @@ def _token_statistics_backward(
 
 @torch.library.register_fake("crosscut::token_statistics_backward")
 def _(
-    d_lse: Tensor,
-    d_target_logit: Tensor,
+    d_lse: Tensor | None,
+    d_target_logit: Tensor | None,
+    d_log_prob: Tensor | None,
     d_logit_sum: Tensor | None,
     d_entropy: Tensor | None,
     statistics: list[Tensor],
@@ -169,21 +179,20 @@ def _save_for_backward(ctx, inputs, output) -> None:
     hidden, classifier, bias, labels, logit_weight, *options, ctx.entropy, _, _ = inputs
     ctx.options = options
     ctx.save_for_backward(hidden, classifier, bias, labels, logit_weight, *output)
-    ctx.mark_non_differentiable(*output[4:])
+    ctx.mark_non_differentiable(*output[DIFFERENTIABLE:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, d_lse, d_target_logit, d_logit_sum, d_entropy, *_) -> tuple[Tensor | None, ...]:
+def _backward(ctx, *cotangents) -> tuple[Tensor | None, ...]:
     hidden, classifier, bias, labels, logit_weight, *statistics = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    cotangents = (
-        torch.zeros_like(statistics[0]) if d_lse is None else d_lse,
-        torch.zeros_like(statistics[1]) if d_target_logit is None else d_target_logit,
-        None if logit_weight is None else d_logit_sum,
-        d_entropy if ctx.entropy else None,
-    )
+    given = Cotangents(*cotangents[:DIFFERENTIABLE])
+    if logit_weight is None:
+        given = given._replace(logit_sum=None)
+    if not ctx.entropy:
+        given = given._replace(entropy=None)
     inputs = (hidden, classifier, bias, labels, logit_weight)
-    arguments = (*cotangents, statistics, *inputs, *ctx.options, needs)
+    arguments = (*given, statistics, *inputs, *ctx.options, needs)
     gradients = _token_statistics_backward(*arguments)  # pyright: ignore[reportCallIssue]
     wanted = [grad if need else None for grad, need in zip(gradients, needs, strict=True)]
     return (*wanted, *[None] * 9)

@@ -25,6 +25,8 @@ class TokenStatistics:
     Attributes:
         lse: log-sum-exp of the token's logits, in nats.
         target_logit: logit of the token's target.
+        log_prob: log-probability of the target, in nats, at most 0. Not ``target_logit - lse`` but
+            from the mass of the other classes, so that it keeps its digits where the model is sure.
         entropy: of the softmax, ``-sum_v p_v log p_v`` in nats; None unless asked for.
         argmax: the class of the highest logit, int64, -1 where the target is ignored; None unless
             ranks were asked for.
@@ -35,14 +37,10 @@ class TokenStatistics:
 
     lse: Tensor
     target_logit: Tensor
+    log_prob: Tensor
     entropy: Tensor | None = None
     argmax: Tensor | None = None
     target_rank: Tensor | None = None
-
-    @property
-    def log_prob(self) -> Tensor:
-        """Log-probability of the target, in nats: ``target_logit - lse``."""
-        return self.target_logit - self.lse
 
     @property
     def correct(self) -> Tensor | None:
@@ -60,7 +58,7 @@ def cross_entropy(
     """The loss of each token [N], with class weights, label smoothing and z-loss.
 
     With ``w`` the class weights (1 if None), ``s`` the smoothing and V the number of classes:
-    ``(1 - s) * w_y * (lse - z_y) + s / V * sum_v w_v * (lse - z_v) + z_loss * lse**2``, the first
+    ``(1 - s) * w_y * -log_prob + s / V * sum_v w_v * (lse - z_v) + z_loss * lse**2``, the first
     two terms as in :class:`torch.nn.CrossEntropyLoss`.
 
     Args:
@@ -71,7 +69,7 @@ def cross_entropy(
         options: the loss's options.
     """
     smoothing = options.label_smoothing
-    loss = statistics.lse - statistics.target_logit
+    loss = -statistics.log_prob
     if weight is not None:
         loss = loss * weight[labels.clamp_min(0)]
     if logit_mean is not None:

@@ -99,34 +99,118 @@ class Statistics(NamedTuple):
     target is the number of classes that come before it where they are sorted by descending logit,
     equal ones by index; ``argmax`` comes first. What was not asked for is [0].
 
-    The last two say what the backward may leave out; they are empty where it computes everything.
-    What they hold is the backend's own business.
+    **Confident tokens.** Each token has one class *of its own*: its target, the one of the highest
+    logit where there are several (:func:`own_labels`). That class is left out of every sum over
+    classes. With ``others`` the log-sum-exp of all the rest,
+
+        log_prob = -log(1 + exp(others - target_logit))        1 - p = -expm1(log_prob)
+
+    are never the difference of two numbers that were rounded separately: a log-probability is at
+    most 0, and has as many correct digits where the model is sure of the token as elsewhere.
+
+    The last three are for the backward alone. ``column_mass`` and ``tail_mass`` say what it may
+    leave out. They are empty where it computes everything; what they hold is the backend's own
+    business.
     """
 
     lse: Tensor  # [N]
     target_logit: Tensor  # [N], or [N, K]: the shape of the labels
+    log_prob: Tensor  # of the targets, the shape of the labels; at most 0
     logit_sum: Tensor  # [N], or [0] without logit_weight
     entropy: Tensor  # [N] or [0]
     argmax: Tensor  # [N] or [0], int64
     target_rank: Tensor  # [N] or [0], int64
+    lse_low: Tensor  # [N], what lse lost where it was rounded
     column_mass: Tensor  # [filter blocks, V] or [0, V]
     tail_mass: Tensor  # [N] or [0]
 
 
+DIFFERENTIABLE = 5
+"""How many of the statistics, the first ones, have a gradient."""
+
+
 class Cotangents(NamedTuple):
-    """Gradients of the statistics, of the same shapes; None: it has none.
+    """Gradients of the differentiable statistics, of the same shapes; None: it has none.
 
     They come together in the gradient of the logits, with ``w`` the logit weight:
 
-        dz = p (lse - entropy (H + log p)) + target_logit onehot + logit_sum w
+        dz = p (lse - sum log_prob - entropy (H + log p))
+             + (target_logit + log_prob) onehot + logit_sum w
 
     ``log p = z - lse`` and H the entropy itself: ``p (a + b z)`` with two numbers a token.
     """
 
-    lse: Tensor
-    target_logit: Tensor
+    lse: Tensor | None
+    target_logit: Tensor | None
+    log_prob: Tensor | None
     logit_sum: Tensor | None
     entropy: Tensor | None
+
+
+class RowCotangents(NamedTuple):
+    """The same by row: ``dz = factor p - d_entropy p log p + logit_sum w`` but at the targets."""
+
+    factor: Tensor  # [N], of p
+    d_own: Tensor  # [N], all of dz at the token's own class, but for its logit_sum
+    d_targets: Tensor | None  # [N, K], what other targets add to it; None without several
+
+
+def own_labels(labels: Tensor, target_logit: Tensor) -> Tensor:
+    """Each token's own class [N], which sums over classes leave out; -1 where it has no target.
+
+    Args:
+        labels: [N] or [N, K].
+        target_logit: of the same shape.
+    """
+    if labels.dim() == 1:
+        return labels
+    logit = target_logit.masked_fill(labels < 0, -torch.inf)
+    # A NaN or a -inf must not point to a label that there is not.
+    best = torch.where((labels >= 0) & (logit == logit.amax(1, True)), labels, -1).amax(1)
+    return torch.where(best < 0, labels.amax(1), best)
+
+
+def own_log_prob(labels: Tensor, own: Tensor, log_prob: Tensor) -> Tensor:
+    """Log-probability of each token's own class [N], given those of its labels [N] or [N, K]."""
+    if labels.dim() == 1:
+        return log_prob
+    return torch.where(labels == own[:, None], log_prob, -torch.inf).amax(1)
+
+
+def row_cotangents(
+    problem: HeadProblem, statistics: Statistics, cotangents: Cotangents
+) -> RowCotangents:
+    """What the cotangents come to, row by row; undefined at rows that take no part.
+
+    ``1 - p`` is taken from the log-probability and not as a difference: at a token that the model
+    is sure of, all of the gradient is in it.
+    """
+    several = problem.labels.dim() > 1
+    labels = problem.labels if several else problem.labels[:, None]
+    own = own_labels(problem.labels, statistics.target_logit)
+    zeros = torch.zeros_like(statistics.lse)
+
+    def of_targets(cotangent: Tensor | None) -> Tensor:
+        if cotangent is None:
+            return zeros[:, None].expand(labels.shape)
+        return torch.where(labels >= 0, cotangent.view(labels.shape), 0)
+
+    d_lse = zeros if cotangents.lse is None else cotangents.lse
+    d_target, d_log_prob = of_targets(cotangents.target_logit), of_targets(cotangents.log_prob)
+    is_own = labels == own[:, None]
+    log_prob = own_log_prob(problem.labels, own, statistics.log_prob)
+    p = log_prob.exp()
+    of_own = torch.where(is_own, d_log_prob, 0).sum(1)
+    of_others = torch.where(is_own, 0, d_log_prob).sum(1)
+    d_own = torch.where(is_own, d_target, 0).sum(1) - of_own * log_prob.expm1()
+    d_own = d_own + (d_lse - of_others) * p
+    factor = d_lse - of_own - of_others
+    if cotangents.entropy is not None:
+        entropy, d_entropy = statistics.entropy, cotangents.entropy
+        d_own = d_own - d_entropy * p * (entropy + log_prob.clamp_min(-1e4))
+        factor = factor - d_entropy * entropy
+    d_targets = torch.where(is_own, 0, d_target + d_log_prob) if several else None
+    return RowCotangents(factor, d_own, d_targets)
 
 
 class Needs(NamedTuple):

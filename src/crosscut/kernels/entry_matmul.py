@@ -38,7 +38,7 @@ from torch import Tensor
 
 from crosscut.kernels.kept_pairs import CELL, KeptPairs
 from crosscut.kernels.launch import kernel, like_or
-from crosscut.kernels.pair_gradient import PairGradient, is_entry_of
+from crosscut.kernels.pair_gradient import PairGradient, entry_size, is_entry_of
 from crosscut.kernels.scratch import Scratch
 from crosscut.kernels.softmax_gradient import Tokens
 from crosscut.kernels.tiles import Tiles, dot_tile
@@ -79,7 +79,7 @@ def count_entries_kernel(
 def list_entries_kernel(
     all_rows_ptr,
     num_rows_ptr,
-    labels_ptr,
+    own_ptr,
     vectors_ptr,
     dz_ptr,
     columns_ptr,
@@ -106,10 +106,10 @@ def list_entries_kernel(
     end = tl.load(cell_start_ptr + block * (cells + 1) + cells)
     if block * BLOCK_N >= num_rows:
         end = first
-    entry *= tl.load(threshold_ptr)
+    entry *= tl.load(threshold_ptr + num_blocks + block)
     tokens = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    labels = tl.load(labels_ptr + tokens, mask=tokens < num_rows, other=-1)
-    d_lse = tl.load(vectors_ptr + tokens * 4 + 1, mask=tokens < num_rows, other=0.0)
+    own = tl.load(own_ptr + tokens, mask=tokens < num_rows, other=-1)
+    size = entry_size(vectors_ptr + tokens * 6, tokens < num_rows, entry)
     stride = tl.num_programs(0) * SLOTS
     for slot in range(first + tl.program_id(0) * SLOTS, end, stride):
         slots = slot + tl.arange(0, SLOTS)
@@ -118,8 +118,8 @@ def list_entries_kernel(
         block_dz = dz_ptr + tl.cast(slot, tl.int64) * BLOCK_N
         place = tl.arange(0, SLOTS)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         dz = tl.load(block_dz + place)  # [SLOTS, BLOCK_N]
-        is_target = classes[:, None] == labels[None, :]
-        is_entry = is_entry_of(dz.to(tl.float32), d_lse[None, :], is_target, entry)
+        is_own = classes[:, None] == own[None, :]
+        is_entry = is_entry_of(dz.to(tl.float32), size[None, :], is_own)
         is_entry &= mine[:, None]
         index = classes // CELL * num_blocks + block
         index = tl.load(end_ptr + index - 1, mask=index > 0, other=0)
@@ -174,7 +174,7 @@ def list_entries(
         exact_rows=new(1),
     )
     list_entries_kernel[(64, blocks)](
-        all_rows, tokens.num_rows, tokens.labels, tokens.vectors, gradient.dz, pairs.columns,
+        all_rows, tokens.num_rows, tokens.own, tokens.vectors, gradient.dz, pairs.columns,
         pairs.cell_start, pairs.threshold, before, found.end, found.place,
         found.value, found.num_rows, found.exact_rows, blocks, cells, most, entry,
         CELL=CELL, BLOCK_N=gradient.dz.shape[1], SLOTS=LIST_SLOTS, num_warps=4,

@@ -56,8 +56,9 @@ def exact_sweep_kernel(
     hidden_ptr,
     hidden_desc,
     hidden_right_desc,
-    labels_ptr,
+    own_ptr,
     vectors_ptr,
+    targets_ptr,
     d_targets_ptr,
     classifier_ptr,
     classifier_desc,
@@ -99,10 +100,10 @@ def exact_sweep_kernel(
         end = tl.minimum(begin + width, last_class)
         if phase % 2 == 0:
             softmax_gradient_kernel(
-                num_rows_ptr, hidden_ptr, hidden_desc, labels_ptr, vectors_ptr, d_targets_ptr,
-                classifier_ptr, classifier_desc, bias_ptr, logit_weight_ptr, dz_ptr, None,
-                dz_rows, num_targets, 0, begin, end, hidden_size, stride_v, stride_d, width,
-                logit_scale, softcap, most_tiles, VECTORS, GRADIENT,
+                num_rows_ptr, hidden_ptr, hidden_desc, own_ptr, vectors_ptr, targets_ptr,
+                d_targets_ptr, classifier_ptr, classifier_desc, bias_ptr, logit_weight_ptr,
+                dz_ptr, None, dz_rows, num_targets, 0, begin, end, hidden_size, stride_v,
+                stride_d, width, logit_scale, softcap, most_tiles, VECTORS, GRADIENT,
             )  # fmt: skip
         else:
             if d_hidden_ptr is not None:
@@ -174,8 +175,9 @@ def exact_sweep(
             tokens.hidden,
             hidden_desc,
             descriptor(tokens.hidden, right, matmul),
-            tokens.labels,
+            tokens.own,
             tokens.vectors,
+            tokens.targets,
             tokens.d_targets,
             classifier,
             descriptor(classifier, (gradient.block_v, gradient.block_d), gradient),
@@ -192,7 +194,7 @@ def exact_sweep(
             classes.start,
             classes.stop,
             len(dz),
-            tokens.labels.shape[1:].numel(),
+            0 if tokens.targets is None else tokens.targets.shape[1],
             width,
             hidden.shape[1],
             *classifier.stride(),

@@ -3,8 +3,15 @@
 With ``rows`` as :mod:`.kept_rows` lists them, place i gets token ``rows[i]``:
 
     hidden[i]   = H[rows[i]]
-    labels[i]   = y[rows[i]]
-    vectors[i]  = lse, d_lse - d_entropy entropy, d_target, d_sum, and -d_entropy if there is one
+    own[i]      = y[rows[i]]
+    vectors[i]  = lse, factor, d_own, d_sum, lse_low, rest, and -d_entropy if there is one
+
+``factor`` is that of the softmax in the gradient of the logits, ``d_own`` all of that gradient at
+the token's own class y but the logit sum's, ``rest = 1 - p`` the mass of all other classes. With
+``log_prob`` the logarithm of p (see ``row_cotangents`` in :mod:`crosscut.backends.protocol`):
+
+    factor = d_lse - d_log_prob - d_entropy entropy
+    d_own  = d_target + d_log_prob rest + d_lse p - d_entropy p (entropy + log_prob)
 
 Cotangents are multiplied by ``lift`` on the way. Places past the last token are zeros, their label
 -1. Program i owns places BLOCK_N i to BLOCK_N (i + 1). Each token is read and written once.
@@ -23,6 +30,7 @@ from crosscut.kernels.kept_rows import KeptRows
 from crosscut.kernels.launch import kernel
 from crosscut.kernels.move_rows import BLOCK_D, BLOCK_N, move_to
 from crosscut.kernels.softmax_gradient import Tokens
+from crosscut.kernels.tiles import NEGLIGIBLE, one_minus_exp
 
 
 @triton.jit
@@ -38,16 +46,19 @@ def cotangents_of(ptr, rows, stride):
 def gather_tokens_kernel(
     rows_ptr,
     hidden_ptr,
-    labels_ptr,
+    own_ptr,
     lse_ptr,
+    lse_low_ptr,
+    log_prob_ptr,
     entropy_ptr,
     d_lse_ptr,
     d_target_ptr,
+    d_log_prob_ptr,
     d_sum_ptr,
     d_entropy_ptr,
     lift_ptr,
     hidden_out_ptr,
-    labels_out_ptr,
+    own_out_ptr,
     vectors_ptr,
     num_tokens,
     num_rows,
@@ -56,8 +67,10 @@ def gather_tokens_kernel(
     stride_d,
     stride_d_lse,
     stride_d_target,
+    stride_d_log_prob,
     stride_d_sum,
     stride_d_entropy,
+    COMBINED: tl.constexpr,  # d_lse and d_target are factor and d_own already
     VECTORS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -70,53 +83,74 @@ def gather_tokens_kernel(
         hidden_out_ptr, places.to(tl.int64), num_rows, hidden_ptr, rows, None, hidden_size,
         stride_n, stride_d, BLOCK_D,
     )  # fmt: skip
-    if labels_ptr is not None:
-        label = tl.load(labels_ptr + rows, mask=valid, other=-1)
-        tl.store(labels_out_ptr + places, label, mask=inside)
+    own = tl.load(own_ptr + rows, mask=valid, other=-1)
+    tl.store(own_out_ptr + places, own, mask=inside)
 
     lift = 1.0
     if lift_ptr is not None:
         lift = tl.load(lift_ptr)
-    d_lse = cotangents_of(d_lse_ptr, rows, stride_d_lse)
+    log_prob = tl.load(log_prob_ptr + rows, mask=valid, other=0.0)
+    p, rest = tl.exp(log_prob), one_minus_exp(log_prob)
+    d_entropy = cotangents_of(d_entropy_ptr, rows, stride_d_entropy)
+    factor = cotangents_of(d_lse_ptr, rows, stride_d_lse)
+    d_own = cotangents_of(d_target_ptr, rows, stride_d_target)
+    if not COMBINED:
+        d_log_prob = cotangents_of(d_log_prob_ptr, rows, stride_d_log_prob)
+        d_own += d_log_prob * rest + factor * p
+        factor -= d_log_prob
+        if d_entropy_ptr is not None:
+            entropy = tl.load(entropy_ptr + rows, mask=valid, other=0.0)
+            factor -= d_entropy * entropy
+            d_own -= d_entropy * p * (entropy + tl.maximum(log_prob, NEGLIGIBLE))
     vectors = vectors_ptr + places * VECTORS
     if d_entropy_ptr is not None:
-        d_entropy = cotangents_of(d_entropy_ptr, rows, stride_d_entropy)
-        d_lse -= d_entropy * tl.load(entropy_ptr + rows, mask=valid, other=0.0)
-        tl.store(vectors + 4, -d_entropy * lift, mask=inside)
-    tl.store(vectors, tl.load(lse_ptr + rows, mask=valid, other=0.0), mask=inside)
-    tl.store(vectors + 1, d_lse * lift, mask=inside)
-    d_target = cotangents_of(d_target_ptr, rows, stride_d_target)
-    tl.store(vectors + 2, d_target * lift, mask=inside)
+        tl.store(vectors + 6, -d_entropy * lift, mask=inside)
     d_sum = cotangents_of(d_sum_ptr, rows, stride_d_sum)
+    tl.store(vectors, tl.load(lse_ptr + rows, mask=valid, other=0.0), mask=inside)
+    tl.store(vectors + 1, factor * lift, mask=inside)
+    tl.store(vectors + 2, d_own * lift, mask=inside)
     tl.store(vectors + 3, d_sum * lift, mask=inside)
+    tl.store(vectors + 4, tl.load(lse_low_ptr + rows, mask=valid, other=0.0), mask=inside)
+    tl.store(vectors + 5, rest, mask=inside)
 
 
 class PerToken(NamedTuple):
     """What goes with the tokens, in the order of the call; cotangents [N] float32, None for 0."""
 
-    labels: Tensor | None  # [N] int64, contiguous; None if the caller gathers them
+    own: Tensor  # [N] int64, contiguous
     lse: Tensor  # [N] float32, contiguous
+    lse_low: Tensor  # [N] float32, contiguous
+    log_prob: Tensor  # [N] float32, contiguous, of the own classes
     entropy: Tensor | None  # [N] float32, contiguous, where it has a cotangent
-    d_lse: Tensor
+    d_lse: Tensor | None
     d_target: Tensor | None
+    d_log_prob: Tensor | None
     d_sum: Tensor | None
     d_entropy: Tensor | None
 
 
 def gather_tokens(
-    hidden: Tensor, of_tokens: PerToken, kept: KeptRows, lift: Tensor | None, *, multiple: int
+    hidden: Tensor,
+    of_tokens: PerToken,
+    kept: KeptRows,
+    lift: Tensor | None,
+    *,
+    combined: bool,
+    multiple: int,
 ) -> Tokens:
     """The tokens of ``hidden`` [N, D] that are ``kept``, then zeros up to a multiple of tokens.
 
-    ``lift`` [] float32, or None for 1.
+    ``lift`` [] float32, or None for 1. ``combined`` says that ``d_lse`` and ``d_target`` are
+    ``factor`` and ``d_own`` already.
     """
     num_tokens, hidden_size = hidden.shape
-    cotangents = of_tokens[3:]
+    cotangents = of_tokens[5:]
+    vectors = 6 if of_tokens.d_entropy is None else 7
     tokens = Tokens(
         kept.count,
         hidden.new_empty(triton.cdiv(num_tokens, multiple) * multiple, hidden_size),
         kept.rows.new_empty(num_tokens, dtype=torch.int64),
-        of_tokens.lse.new_empty(num_tokens, 4 if of_tokens.d_entropy is None else 5),
+        of_tokens.lse.new_empty(num_tokens, vectors),
     )
     gather_tokens_kernel[(triton.cdiv(len(tokens.hidden), BLOCK_N),)](
         kept.rows,
@@ -124,13 +158,14 @@ def gather_tokens(
         *of_tokens,
         lift,
         tokens.hidden,
-        tokens.labels,
+        tokens.own,
         tokens.vectors,
         num_tokens,
         *tokens.hidden.shape,
         *hidden.stride(),
         *(0 if given is None else given.stride(0) for given in cotangents),
-        VECTORS=tokens.vectors.shape[1],
+        COMBINED=combined,
+        VECTORS=vectors,
         BLOCK_N=BLOCK_N,
         BLOCK_D=BLOCK_D,
     )

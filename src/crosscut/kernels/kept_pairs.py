@@ -1,8 +1,18 @@
 """The pairs (block of tokens, class) that a filtered gradient keeps, listed on the device.
 
-The forward leaves ``column_mass`` [blocks, V]: of each pair the mass, KEPT at the labels. A pair is
-kept where it reaches a threshold, the highest of THRESHOLDS that leaves no more to the tail than is
-allowed.
+The forward leaves ``column_mass`` [blocks, V]: of each pair the mass, KEPT at the tokens' own
+classes. A pair is kept where it reaches the threshold of its block: that of the first level which
+leaves no more to the block's tail than its budget, or 0, which keeps all of the block, where none
+does. A block whose tokens have no gradient has no say: it keeps nothing but own classes.
+
+**The budget** of a block of n tokens, with ``w = |factor| rest`` the size of a token's gradient,
+
+    sum_v mass[b, v] over the tail  <=  most_tail * sum_n w |lse| / sqrt(sum_n w^2 / n)
+
+What rounding does to a low-precision softmax grows with the size of the logits, and so does what
+may be left out. Where all w are equal, that is a share of each token's gradient, on average
+``most_tail |lse|``. Where few tokens have all of the gradient, they may have most of the tail too:
+the budget lies half way, in the geometric mean, to that.
 
 Classes kept by at least half of the blocks are *popular*: few, and with most of the pairs. They are
 kept by every block, and are a small head of their own. ``popular`` lists them, in ascending order.
@@ -22,15 +32,16 @@ a matrix [popular, tokens]. What is neither kept nor popular is the tail, whose 
 by side. Popular classes from ``late_from`` on are *late*: there is less room for them. Those for
 which there is none are as any other class.
 
-**When not.** Where the tail is too heavy at any threshold, or the pairs are more than there is room
-for, nothing is to be made of them, and ``num_rows`` says so to whoever comes next.
+**When not.** Where the pairs are more than there is room for, nothing is to be made of them, and
+``num_rows`` says so to whoever comes next.
 
-**Who owns what.** Four launches. In the first a program owns a range of classes, in all blocks,
-sums the tail of each threshold, and finds the classes popular under it. In the second one owns two
-cells, in all blocks, ranks its popular classes, and counts the other pairs. In the third one owns a
-block, and sums the counts before each of its cells. In the fourth one owns LIST_CELLS cells of a
-block, and lists. Only whole numbers are added by atomics. Bytes: four times ``column_mass``, and 4
-a pair.
+**Who owns what.** Six launches. In the first a program owns a range of classes, and sums the tails
+that each threshold leaves in each block. In the second one owns a block, and chooses its threshold.
+In the third one owns a range of classes, in all blocks, and finds the popular ones. In the fourth
+one owns two cells, in all blocks, ranks its popular classes, and counts the other pairs. In the
+fifth one owns a block, and sums the counts before each of its cells. In the sixth one owns
+LIST_CELLS cells of a block, and lists. Only whole numbers are added by atomics. Bytes: five times
+``column_mass``, and 4 a pair.
 """
 
 from __future__ import annotations
@@ -44,6 +55,7 @@ from torch import Tensor
 
 from crosscut.kernels.launch import kernel
 from crosscut.kernels.scratch import Scratch
+from crosscut.kernels.softmax_gradient import Tokens
 
 CELL = 64
 """Classes of a cell."""
@@ -52,8 +64,11 @@ COUNT_CELLS, LIST_CELLS = 2, 32
 PLACE_CELLS = 8192
 SURVEY_CLASSES, SURVEYORS = 128, 512
 
-THRESHOLDS = (1.0, 0.5, 0.25, 0.125)
-"""Of ``column_mass``: from which mass on a pair may be kept. Each half of the one before."""
+LEVELS = 8
+"""Thresholds that a block can have. Level i keeps a pair from a mass of 2**(-i / 2) on."""
+
+ANY_MASS = tl.constexpr(3e38)
+"""A threshold that only own classes reach."""
 
 
 class KeptPairs(NamedTuple):
@@ -66,7 +81,7 @@ class KeptPairs(NamedTuple):
     cell_start: Tensor  # [blocks, cells + 1] int32
     column_mass: Tensor  # [blocks, V], 0 in place of pairs that are kept, and of no tokens
     tail: Tensor  # [blocks] float32, sums of ``column_mass``
-    threshold: Tensor  # [1] float32; 0 where the tail is too heavy at any
+    threshold: Tensor  # [2, blocks] float32: of pairs, and that of a level, for entries
     popular: Tensor  # [most_popular and padding] int32; -1 in the padding
     popular_count: Tensor  # [2] int32: how many, and how many are not late
     popular_rank: Tensor  # [V] int32, -1 for others
@@ -80,127 +95,142 @@ def is_kept(mass, threshold):
     return (mass < threshold) == 0
 
 
+@triton.jit
+def threshold_of(level):
+    return tl.exp2(level.to(tl.float32) * -0.5)
+
+
 @kernel
 def survey_kernel(
-    column_mass_ptr, num_rows_ptr, tails_ptr, popular_ptr, is_popular_ptr, num_blocks, num_classes,
-    range_classes, BLOCK_N: tl.constexpr, CLASSES: tl.constexpr, THRESHOLDS: tl.constexpr,
+    column_mass_ptr, num_rows_ptr, tails_ptr, num_blocks, num_classes, range_classes,
+    BLOCK_N: tl.constexpr, CLASSES: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """Program i owns a range of classes: [thresholds, programs] tails, and numbers of popular ones.
-
-    Bit i of ``is_popular`` [V] int8 is for threshold i.
-    """
-    LEVELS: tl.constexpr = len(THRESHOLDS)
-    ROWS: tl.constexpr = 16
-    tl.static_assert(LEVELS == 4)  # a byte each of ``counts``
+    """Program i owns a range of classes: the tails [blocks, levels, programs] they have."""
+    ROWS: tl.constexpr = 8
     blocks = tl.cdiv(tl.load(num_rows_ptr), BLOCK_N)
     program, programs = tl.program_id(0), tl.num_programs(0)
     level = tl.arange(0, LEVELS)
-    # By place in a tile. Sums over a tile cross threads: they come in the end.
-    whole = tl.zeros((ROWS, CLASSES), tl.float32)
-    half = tl.zeros((ROWS, CLASSES), tl.float32)
-    quarter = tl.zeros((ROWS, CLASSES), tl.float32)
-    eighth = tl.zeros((ROWS, CLASSES), tl.float32)
-    popular = tl.zeros((LEVELS, CLASSES), tl.int32)
+    threshold = threshold_of(level)[None, :, None]
+    end = tl.minimum((program + 1) * range_classes, num_classes)
+    for start in range(0, num_blocks, ROWS):
+        block = start + tl.arange(0, ROWS)
+        rows = column_mass_ptr + block.to(tl.int64)[:, None] * num_classes
+        # By place in a tile. Sums over a tile cross threads: they come in the end.
+        tail = tl.zeros((ROWS, LEVELS, CLASSES), tl.float32)
+        for first in range(program * range_classes, end, CLASSES):
+            classes = first + tl.arange(0, CLASSES)
+            inside = (block < blocks)[:, None] & (classes < end)[None, :]
+            mass = tl.load(rows + classes[None, :], mask=inside, other=0.0).to(tl.float32)
+            mass = mass[:, None, :]
+            tail += tl.where(is_kept(mass, threshold), 0.0, mass)
+        place = (block[:, None] * LEVELS + level[None, :]) * programs + program
+        tl.store(tails_ptr + place, tl.sum(tail, 2), mask=(block < num_blocks)[:, None])
+
+
+@kernel
+def choose_thresholds_kernel(
+    num_rows_ptr, vectors_ptr, tails_ptr, threshold_ptr, surveyors, most_tail,
+    VECTORS: tl.constexpr, BLOCK_N: tl.constexpr, SURVEYORS: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    """Program b owns block b."""
+    block, num_blocks = tl.program_id(0), tl.num_programs(0)
+    tokens = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    mine = tokens < tl.load(num_rows_ptr)
+    lse = tl.load(vectors_ptr + tokens * VECTORS, mask=mine, other=0.0)
+    factor = tl.load(vectors_ptr + tokens * VECTORS + 1, mask=mine, other=0.0)
+    rest = tl.load(vectors_ptr + tokens * VECTORS + 5, mask=mine, other=0.0)
+    has_say = tl.max((factor != 0).to(tl.int32), 0) > 0
+    size = tl.abs(factor) * rest
+    largest = tl.max(size, 0)  # squares of what is left of it neither overflow nor vanish
+    size = tl.where(largest > 0, size / largest, 0.0)
+    mean_square = tl.sum(size * size, 0) / tl.maximum(tl.sum(mine.to(tl.float32), 0), 1.0)
+    budget = most_tail * tl.sum(size * tl.abs(lse), 0)
+    budget = tl.where(mean_square > 0, budget / tl.sqrt(mean_square), 0.0)
+    level, surveyor = tl.arange(0, LEVELS), tl.arange(0, SURVEYORS)
+    place = tails_ptr + (block * LEVELS + level)[:, None] * surveyors + surveyor[None, :]
+    tail = tl.sum(tl.load(place, mask=(surveyor < surveyors)[None, :], other=0.0), 1)  # [LEVELS]
+    fits = tail <= budget
+    lowest = tl.min(tl.where(fits, level, LEVELS), 0)
+    threshold = tl.where(lowest < LEVELS, threshold_of(lowest), 0.0)
+    tl.store(threshold_ptr + block, tl.where(has_say, threshold, ANY_MASS))
+    tl.store(threshold_ptr + num_blocks + block, threshold_of(tl.minimum(lowest, LEVELS - 1)))
+
+
+@kernel
+def popular_kernel(
+    column_mass_ptr, num_rows_ptr, threshold_ptr, popular_ptr, is_popular_ptr, num_blocks,
+    num_classes, range_classes, BLOCK_N: tl.constexpr, CLASSES: tl.constexpr,
+):  # fmt: skip
+    """Program i owns a range of classes: which are popular, [V] int8, and how many."""
+    ROWS: tl.constexpr = 16
+    blocks = tl.cdiv(tl.load(num_rows_ptr), BLOCK_N)
+    program = tl.program_id(0)
+    popular = tl.zeros((CLASSES,), tl.int32)
     end = tl.minimum((program + 1) * range_classes, num_classes)
     for first in range(program * range_classes, end, CLASSES):
         classes = first + tl.arange(0, CLASSES)
-        kept_by = tl.zeros((LEVELS, CLASSES), tl.int32)
-        for group in range(0, num_blocks, 255 * ROWS):  # as many as a byte can count
-            counts = tl.zeros((ROWS, CLASSES), tl.int32)
-            for start in range(group, tl.minimum(group + 255 * ROWS, num_blocks), ROWS):
-                block = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-                inside = (block < blocks) & (classes < num_classes)[None, :]
-                place = column_mass_ptr + block * num_classes + classes[None, :]
-                mass = tl.load(place, mask=inside, other=0.0).to(tl.float32)  # [ROWS, CLASSES]
-                for i in tl.static_range(LEVELS):
-                    counts += tl.where(is_kept(mass, THRESHOLDS[i]) & inside, 1 << (8 * i), 0)
-                whole += tl.where(is_kept(mass, THRESHOLDS[0]), 0.0, mass)
-                half += tl.where(is_kept(mass, THRESHOLDS[1]), 0.0, mass)
-                quarter += tl.where(is_kept(mass, THRESHOLDS[2]), 0.0, mass)
-                eighth += tl.where(is_kept(mass, THRESHOLDS[3]), 0.0, mass)
-            for i in tl.static_range(LEVELS):
-                by = tl.sum((counts >> (8 * i)) & 255, 0)
-                kept_by += tl.where((level == i)[:, None], by[None, :], 0)
-        is_popular = ((kept_by * 2 >= blocks) & (kept_by > 0)).to(tl.int32)
-        popular += is_popular
-        bits = tl.sum(is_popular << level[:, None], 0)
-        tl.store(is_popular_ptr + classes, bits.to(tl.int8), mask=classes < num_classes)
-    tl.store(tails_ptr + program, tl.sum(whole))
-    tl.store(tails_ptr + programs + program, tl.sum(half))
-    tl.store(tails_ptr + 2 * programs + program, tl.sum(quarter))
-    tl.store(tails_ptr + 3 * programs + program, tl.sum(eighth))
-    tl.store(popular_ptr + level * programs + program, tl.sum(popular, 1))
-
-
-@triton.jit
-def choose_threshold(
-    tails_ptr, surveyors, most_tail, SURVEYORS: tl.constexpr, THRESHOLDS: tl.constexpr
-):
-    """The highest threshold that leaves at most ``most_tail``, and which it is; 0 if none does."""
-    surveyor = tl.arange(0, SURVEYORS)
-    threshold, level = 0.0, 0
-    for i in tl.static_range(len(THRESHOLDS)):
-        place = tails_ptr + i * surveyors + surveyor
-        tail = tl.sum(tl.load(place, mask=surveyor < surveyors, other=0.0), 0)
-        chosen = (threshold == 0) & (tail <= most_tail)
-        threshold = tl.where(chosen, THRESHOLDS[i], threshold)
-        level = tl.where(chosen, i, level)
-    return threshold, level
+        kept_by = tl.zeros((ROWS, CLASSES), tl.int32)
+        for start in range(0, num_blocks, ROWS):
+            block = start + tl.arange(0, ROWS)
+            inside = (block < blocks)[:, None] & (classes < num_classes)[None, :]
+            place = block.to(tl.int64)[:, None] * num_classes + classes[None, :]
+            mass = tl.load(column_mass_ptr + place, mask=inside, other=0.0).to(tl.float32)
+            threshold = tl.load(threshold_ptr + block, mask=block < num_blocks, other=0.0)
+            kept_by += (is_kept(mass, threshold[:, None]) & inside).to(tl.int32)
+        by = tl.sum(kept_by, 0)
+        is_popular = (by * 2 >= blocks) & (by > 0)
+        tl.store(is_popular_ptr + classes, is_popular.to(tl.int8), mask=classes < num_classes)
+        popular += is_popular.to(tl.int32)
+    tl.store(popular_ptr + program, tl.sum(popular, 0))
 
 
 @triton.jit
 def popular_before(
-    popular_ptr, is_popular_ptr, end, surveyors, range_classes, level, SURVEYORS: tl.constexpr,
+    popular_ptr, is_popular_ptr, end, surveyors, range_classes, SURVEYORS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """How many classes before ``end`` are popular at a threshold."""
+    """How many classes before ``end`` are popular."""
     surveyor = tl.arange(0, SURVEYORS)
     ranges = end // range_classes
-    popular = tl.load(popular_ptr + level * surveyors + surveyor, mask=surveyor < ranges, other=0)
-    count = tl.sum(popular, 0)
+    count = tl.sum(tl.load(popular_ptr + surveyor, mask=surveyor < ranges, other=0), 0)
     for start in range(ranges * range_classes, end, BLOCK):
         classes = start + tl.arange(0, BLOCK)
-        bits = tl.load(is_popular_ptr + classes, mask=classes < end, other=0).to(tl.int32)
-        count += tl.sum(bits >> level & 1, 0)
+        flags = tl.load(is_popular_ptr + classes, mask=classes < end, other=0)
+        count += tl.sum(flags.to(tl.int32), 0)
     return count
 
 
 @kernel
 def count_pairs_kernel(
-    column_mass_ptr, num_rows_ptr, tails_ptr, range_popular_ptr, is_popular_ptr, threshold_ptr,
-    count_ptr, block_count_ptr, tail_ptr, popular_ptr, popular_count_ptr, popular_rank_ptr,
-    num_blocks, num_classes, cells, surveyors, range_classes, most_tail, most_popular, late_from,
-    most_late, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr, CELL: tl.constexpr, CELLS: tl.constexpr,
-    SURVEYORS: tl.constexpr, SURVEY_CLASSES: tl.constexpr, THRESHOLDS: tl.constexpr,
+    column_mass_ptr, num_rows_ptr, threshold_ptr, range_popular_ptr, is_popular_ptr, count_ptr,
+    block_count_ptr, tail_ptr, popular_ptr, popular_count_ptr, popular_rank_ptr, num_blocks,
+    num_classes, cells, surveyors, range_classes, most_popular, late_from, most_late,
+    BLOCK_N: tl.constexpr, SLOTS: tl.constexpr, CELL: tl.constexpr, CELLS: tl.constexpr,
+    SURVEYORS: tl.constexpr, SURVEY_CLASSES: tl.constexpr,
 ):  # fmt: skip
     num_rows = tl.load(num_rows_ptr)
-    threshold, level = choose_threshold(
-        tails_ptr, surveyors, most_tail * num_rows, SURVEYORS, THRESHOLDS
-    )
     first_class = tl.program_id(0) * CELLS * CELL
     classes = first_class + tl.arange(0, CELLS * CELL)
     early = popular_before(
-        range_popular_ptr, is_popular_ptr, late_from, surveyors, range_classes, level, SURVEYORS,
+        range_popular_ptr, is_popular_ptr, late_from, surveyors, range_classes, SURVEYORS,
         SURVEY_CLASSES,
     )  # fmt: skip
     early = tl.minimum(early, most_popular)
     most = tl.minimum(early + most_late, most_popular)
-    most = tl.where(threshold > 0, most, 0)
     before = popular_before(
-        range_popular_ptr, is_popular_ptr, first_class, surveyors, range_classes, level, SURVEYORS,
+        range_popular_ptr, is_popular_ptr, first_class, surveyors, range_classes, SURVEYORS,
         SURVEY_CLASSES,
     )  # fmt: skip
-    bits = tl.load(is_popular_ptr + classes, mask=classes < num_classes, other=0).to(tl.int32)
-    popular = bits >> level & 1
+    flags = tl.load(is_popular_ptr + classes, mask=classes < num_classes, other=0)
+    popular = flags.to(tl.int32)
     rank = before + tl.cumsum(popular, 0) - popular
     popular = (popular > 0) & (rank < most)
     tl.store(popular_ptr + rank, classes, mask=popular)
     tl.store(popular_rank_ptr + classes, tl.where(popular, rank, -1), mask=classes < num_classes)
     if tl.program_id(0) == 0:
-        tl.store(threshold_ptr, threshold)
         popular_count = popular_before(
-            range_popular_ptr, is_popular_ptr, num_classes, surveyors, range_classes, level,
-            SURVEYORS, SURVEY_CLASSES,
+            range_popular_ptr, is_popular_ptr, num_classes, surveyors, range_classes, SURVEYORS,
+            SURVEY_CLASSES,
         )  # fmt: skip
         popular_count = tl.minimum(popular_count, most)
         tl.store(popular_count_ptr, popular_count)
@@ -217,7 +247,8 @@ def count_pairs_kernel(
         place = column_mass_ptr + block.to(tl.int64)[:, None] * num_classes + classes[None, :]
         inside = (block < blocks)[:, None] & listed[None, :]
         mass = tl.load(place, mask=inside, other=0.0).to(tl.float32)  # [32, CELLS * CELL]
-        kept = tl.where(threshold > 0, (is_kept(mass, threshold) & inside).to(tl.int32), 0)
+        threshold = tl.load(threshold_ptr + block, mask=block < num_blocks, other=0.0)
+        kept = (is_kept(mass, threshold[:, None]) & inside).to(tl.int32)
         place = count_ptr + block[:, None] * cells + cell[None, :]
         inside = (block < num_blocks)[:, None] & (cell < cells)[None, :]
         tl.store(place, tl.sum(kept.reshape(32, CELLS, CELL), 2), mask=inside)
@@ -278,10 +309,9 @@ def list_pairs_kernel(
     inside &= rank < 0
     place = block.to(tl.int64) * num_classes + classes
     mass = tl.load(column_mass_ptr + place, mask=inside, other=0.0)  # [CELLS, CELL]
-    threshold = tl.load(threshold_ptr)
-    kept = is_kept(mass.to(tl.float32), threshold) & inside
+    kept = is_kept(mass.to(tl.float32), tl.load(threshold_ptr + block)) & inside
     tl.store(tail_mass_ptr + place, tl.where(kept, 0.0, mass), mask=classes < num_classes)
-    kept = tl.where(threshold > 0, kept.to(tl.int32), 0)
+    kept = kept.to(tl.int32)
     cell_start_ptr += block * (cells + 1)
     first = tl.load(cell_start_ptr + cell, mask=cell < cells, other=0)
     slot = first[:, None] + tl.cumsum(kept, 1) - 1
@@ -293,14 +323,14 @@ def list_pairs_kernel(
         tl.store(columns_ptr + padding, tl.zeros((SLOTS,), tl.int32), mask=in_padding)
         if block == 0:
             slots = slots_before(block_count_ptr, popular_count_ptr, num_blocks, num_blocks, SLOTS)
-            filters = (slots <= num_slots) & (threshold > 0)
+            filters = slots <= num_slots
             tl.store(filtered_rows_ptr, tl.where(filters, num_rows, -1))
             tl.store(exact_rows_ptr, tl.where(filters, -1, num_rows))
 
 
 def kept_pairs(
     column_mass: Tensor,
-    num_rows: Tensor,
+    tokens: Tokens,
     tail_mass: Tensor,
     scratch: Scratch,
     *,
@@ -317,18 +347,19 @@ def kept_pairs(
     Args:
         column_mass: by block of tokens, KEPT at the labels; what is in the blocks past the last
             token is not looked at.
-        num_rows: [1] int32, how many rows take part.
+        tokens: those that take part.
         tail_mass: [blocks, V], gets the masses of what is not kept.
         scratch: where lists go.
         block_n: tokens of a block.
         num_slots: room for pairs, those of popular classes too, and padding.
         block_slots: what a block's slots are a multiple of; a power of two.
-        most_tail: the most tail that a row may have on average, in the unit of ``column_mass``.
+        most_tail: what a block's budget is made of; see the module.
         most_popular: room for popular classes.
         late_from: the class from which on popular classes are late.
         most_late: room for those.
     """
     blocks, num_classes = column_mass.shape
+    num_rows = tokens.num_rows
     cells = triton.cdiv(num_classes, CELL)
     chunks = triton.cdiv(cells, COUNT_CELLS)
 
@@ -346,7 +377,7 @@ def kept_pairs(
         popular=lasting(triton.cdiv(most_popular, block_slots) * block_slots),
         popular_rank=lasting(num_classes),
         popular_count=lasting(2),
-        threshold=lasting(1, dtype=torch.float32),
+        threshold=torch.empty(2, blocks, dtype=torch.float32, device=column_mass.device),
         num_rows=lasting(1),
         exact_rows=lasting(1),
     )
@@ -355,18 +386,26 @@ def kept_pairs(
     is_popular = new(num_classes, dtype=torch.int8)
     range_classes = triton.cdiv(num_classes, SURVEYORS * SURVEY_CLASSES) * SURVEY_CLASSES
     surveyors = triton.cdiv(num_classes, range_classes)
-    tails = new(len(THRESHOLDS), surveyors, dtype=torch.float32)
-    range_popular = new(len(THRESHOLDS), surveyors)
+    tails = new(blocks, LEVELS, surveyors, dtype=torch.float32)
+    range_popular = new(surveyors)
     survey_kernel[(surveyors,)](
-        column_mass, num_rows, tails, range_popular, is_popular, blocks, num_classes, range_classes,
-        BLOCK_N=block_n, CLASSES=SURVEY_CLASSES, THRESHOLDS=THRESHOLDS,
+        column_mass, num_rows, tails, blocks, num_classes, range_classes,
+        BLOCK_N=block_n, CLASSES=SURVEY_CLASSES, LEVELS=LEVELS,
+    )  # fmt: skip
+    choose_thresholds_kernel[(blocks,)](
+        num_rows, tokens.vectors, tails, pairs.threshold, surveyors, most_tail,
+        VECTORS=tokens.vectors.shape[1], BLOCK_N=block_n, SURVEYORS=SURVEYORS, LEVELS=LEVELS,
+    )  # fmt: skip
+    popular_kernel[(surveyors,)](
+        column_mass, num_rows, pairs.threshold, range_popular, is_popular, blocks, num_classes,
+        range_classes, BLOCK_N=block_n, CLASSES=SURVEY_CLASSES,
     )  # fmt: skip
     count_pairs_kernel[(chunks,)](
-        column_mass, num_rows, tails, range_popular, is_popular, pairs.threshold, count,
-        block_count, chunk_tail, pairs.popular, pairs.popular_count, pairs.popular_rank,
-        blocks, num_classes, cells, surveyors, range_classes, most_tail, most_popular, late_from,
-        most_late, BLOCK_N=block_n, SLOTS=block_slots, CELL=CELL, CELLS=COUNT_CELLS,
-        SURVEYORS=SURVEYORS, SURVEY_CLASSES=SURVEY_CLASSES, THRESHOLDS=THRESHOLDS,
+        column_mass, num_rows, pairs.threshold, range_popular, is_popular, count, block_count,
+        chunk_tail, pairs.popular, pairs.popular_count, pairs.popular_rank, blocks, num_classes,
+        cells, surveyors, range_classes, most_popular, late_from, most_late,
+        BLOCK_N=block_n, SLOTS=block_slots, CELL=CELL, CELLS=COUNT_CELLS, SURVEYORS=SURVEYORS,
+        SURVEY_CLASSES=SURVEY_CLASSES,
     )  # fmt: skip
     place_pairs_kernel[(blocks,)](
         count, block_count, pairs.popular_count, chunk_tail, pairs.cell_start, pairs.tail, cells,

@@ -39,13 +39,14 @@ CAN_COMPILE_AHEAD = (
 _CHANGING = (
     "num_tokens", "num_labels", "num_rows", "num_blocks", "last_phase", "num_columns", "most_live",
     "late_from", "most_late", "most_popular",
-    "stride_m", "stride_k", "stride_d_lse", "stride_d_target", "stride_d_sum", "stride_d_entropy",
+    "stride_m", "stride_k", "stride_d_lse", "stride_d_target", "stride_d_log_prob", "stride_d_sum",
+    "stride_d_entropy",
 )  # fmt: skip
 """Sizes that follow the number of tokens, and strides of what may be expanded. Triton would compile
 a kernel anew for those that are 1, for those that 16 divides and for all others: in the middle of a
 training."""
 
-_ANYWHERE = ("d_lse_ptr", "d_target_ptr", "d_sum_ptr", "d_entropy_ptr")
+_ANYWHERE = ("d_lse_ptr", "d_target_ptr", "d_log_prob_ptr", "d_sum_ptr", "d_entropy_ptr")
 """What may begin anywhere: views of other tensors. Triton would compile anew where it is not on 16
 bytes."""
 

@@ -6,9 +6,16 @@ and what else is asked for:
 
     logit_sum[n] = sum_v logit_weight[v] z[n, v]
     entropy[n]   = -sum_v p log p        p = exp(z - lse)
-    rank[n]      = number of classes ahead of the token's label, and the best class but that
+    rank[n]      = number of classes ahead of the token's own, and the best class but that
 
-Logits are made tile by tile in registers, reduced to a running (max, sum) a token, and dropped.
+Logits are made tile by tile in registers, reduced to a running (max, sum) per token, and dropped.
+
+**The token's own class**, its target, is left out of all sums over classes but ``logit_sum``. It
+joins in the end, with the logit of the indexed matmul: with ``others`` the log-sum-exp of the rest,
+
+    log_prob[n] = -log(1 + exp(others[n] - own_logit[n]))
+
+has its digits where the model is sure, and is never positive.
 
 **Who owns what.** As many programs as run at once. Token tiles are worked on in groups whose hidden
 states fit in the L2 cache. Of P programs and G tiles in a group, P // G work on each tile: each on
@@ -33,22 +40,23 @@ and there are few slices when there are many tokens: at most 1 KiB for each prog
 entropy adds 4 bytes, ranks 12.
 
 **Column masses.** The same exponentials, summed over a tile's tokens instead of its classes, are
-the mass of a column of the softmax in that tile of tokens. The log-sum-exp is not known yet: the
-mass is taken relative to the larger of its running value and a lower bound given before
-(``reference``), and is rather too large. Where asked for, the masses are stored, KEPT in place of
-the labels'. With a softcap every exponential counts times its slope, ``1 - (z / softcap)^2``, as in
-the gradient.
+the mass of a column in that tile of tokens: of the softmax that the other classes have among
+themselves, ``exp(z - others)``, as a token's gradient is as large as the mass of its others. Their
+log-sum-exp is not known yet: the mass is taken relative to the larger of its running value and a
+lower bound given before (``reference``), and is rather too large. Where asked for, the masses are
+stored, KEPT in place of those of the tokens' own classes. With a softcap every exponential counts
+times its slope, ``1 - (z / softcap)^2``, as in the gradient.
 
 **Entropy.** ``W = sum exp(z - max) (z - max)`` runs along with ``S = sum exp(z - max)``, and in the
-end the entropy is ``log S - W / S``. When the maximum moves up by d, ``W`` becomes
-``(W - d S) exp(-d)``.
+end the entropy of the others is ``log S - W / S``. When the maximum moves up by d, ``W`` becomes
+``(W - d S) exp(-d)``. With p the probability of the token's own class, the entropy of all is
+``-p log p - (1 - p) log (1 - p) + (1 - p) entropy of the others``, a sum of positive numbers.
 
-**Ranks.** A class is ahead of the label where its logit is higher than the target logit, or equal
-and its index lower. The target logit is the given one, that of the indexed matmul; the label's own
-place in a tile, which may have rounded otherwise, is not looked at.
+**Ranks.** A class is ahead of the token's own where its logit is higher than the target logit, or
+equal and its index lower. The target logit is the given one, that of the indexed matmul.
 
-**Numerics.** Sums, maxima and exponentials in float32. A column of -inf adds nothing;
-a NaN reaches the result.
+**Numerics.** Sums, maxima and exponentials in float32; what is made of them per token in float64. A
+column of -inf adds nothing; a NaN reaches the result.
 """
 
 from __future__ import annotations
@@ -74,6 +82,7 @@ from crosscut.kernels.tiles import (
     logits_of,
     num_programs,
     product_tile,
+    slope_of,
     tiles_in_group,
 )
 
@@ -136,8 +145,9 @@ def sweep_slice(
     rows,  # [BLOCK_N]
     first_row,
     reference,  # [BLOCK_N], for column masses; inf for no token
-    label,  # [BLOCK_N], for ranks
-    target_logit,  # [BLOCK_N], for ranks
+    own,  # [BLOCK_N], the tokens' own classes
+    target_logit,  # [BLOCK_N], theirs, for ranks
+    class_ids_ptr,  # [num_classes], or None where classes are their places
     first_tile,
     last_tile,
     num_classes,
@@ -152,11 +162,11 @@ def sweep_slice(
     GATHER: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Sums over some class tiles, [BLOCK_N] each.
+    """Sums over some class tiles but for the tokens' own classes, [BLOCK_N] each.
 
-    ``max z``, ``sum exp(z - max)``, ``sum logit_weight z``, ``sum slope exp(z - max)``,
-    ``sum exp(z - max) (z - max)``, the number of classes ahead of the label, and of the classes but
-    the label the highest logit and the first that has it.
+    ``max z``, ``sum exp(z - max)``, ``sum logit_weight z`` (of all classes), ``sum slope exp(z -
+    max)``, ``sum exp(z - max) (z - max)``, the number of classes ahead of the own one, and the
+    highest logit and the first class that has it.
     """
     BLOCK_N: tl.constexpr = TILE[0]
     BLOCK_V: tl.constexpr = TILE[1]
@@ -216,18 +226,23 @@ def sweep_slice(
                         weighted = tl.where(inside[None, :], weight[None, :] * z, 0.0)
                         logit_sum += tl.sum(weighted, 1)
                 if SLOPED:
-                    capped = z / softcap
-                    slope = 1 - capped * capped
-                if first_class + PART > num_classes:
-                    z = tl.where((classes < num_classes)[None, :], z, -float("inf"))
+                    slope = slope_of(z, softcap)
+                if class_ids_ptr is not None:
+                    ids = tl.load(class_ids_ptr + classes, mask=classes < num_classes, other=-1)
+                    inside = (classes < num_classes)[None, :] & (ids[None, :] != own[:, None])
+                    z = tl.where(inside, z, -float("inf"))
+                else:  # few tiles have a class that must be left out
+                    is_here = (own >= first_class) & (own < first_class + PART)
+                    if (first_class + PART > num_classes) | (tl.max(is_here.to(tl.int32), 0) > 0):
+                        inside = (classes < num_classes)[None, :]
+                        inside &= classes[None, :] != own[:, None]
+                        z = tl.where(inside, z, -float("inf"))
                 if target_logit is not None:
-                    is_label = classes[None, :] == label[:, None]
-                    before = classes[None, :] < label[:, None]
+                    before = classes[None, :] < own[:, None]
                     ahead = tl.where(before, z >= target_logit[:, None], z > target_logit[:, None])
-                    rank += tl.sum(tl.where(is_label, 0, ahead.to(tl.int32)), 1)
-                    others = tl.where(is_label, -float("inf"), z)
-                    best = tl.max(others, 1)
-                    first = tl.where(others == best[:, None], classes[None, :], num_classes)
+                    rank += tl.sum(ahead.to(tl.int32), 1)
+                    best = tl.max(z, 1)
+                    first = tl.where(z == best[:, None], classes[None, :], num_classes)
                     place = tl.min(first, 1)
                     best_class = tl.where(best > best_logit, place, best_class)
                     best_logit = tl.maximum(best_logit, best)
@@ -249,7 +264,8 @@ def sweep_slice(
                         p *= slope
                         sloped_total = sloped_total * rescale + tl.sum(p, 1)
                     bound = tl.exp2((reference - highest_or_0) * LOG2_E)  # on the lse, as total is
-                    share = 1 / (tl.maximum(bound, total) * mass_unit)
+                    # No class yet: no mass, and no number were it divided by 0.
+                    share = 1 / (tl.maximum(tl.maximum(bound, total), 1e-30) * mass_unit)
                     mass = tl.sum(p * share[:, None], 0)
                     mass = mass.to(column_mass_ptr.dtype.element_ty)
                     tl.store(column_mass_ptr + classes, mass, mask=classes < num_classes)
@@ -269,8 +285,9 @@ def linear_lse_kernel(
     num_rows_ptr,
     rows_ptr,
     reference_ptr,
-    labels_ptr,
+    own_ptr,
     target_logit_ptr,
+    class_ids_ptr,
     slice_highest_ptr,
     slice_total_ptr,
     slice_sum_ptr,
@@ -305,21 +322,21 @@ def linear_lse_kernel(
             end = tl.minimum(start + last, token_tiles)
             for tile in range(start + first, end):
                 rows, valid, first_row, no_gap = load_rows(rows_ptr, tile, num_rows, BLOCK_N)
-                masses, reference, label, target_logit = None, None, None, None
+                masses, reference, target_logit = None, None, None
+                own = tl.load(own_ptr + rows).to(tl.int32)
                 if column_mass_ptr is not None:
                     masses = column_mass_ptr + tile * tl.cast(num_classes, tl.int64)
                     reference = tl.load(reference_ptr + rows, mask=valid, other=float("inf"))
                 if target_logit_ptr is not None:
-                    label = tl.load(labels_ptr + rows).to(tl.int32)
                     target_logit = tl.load(target_logit_ptr + rows)
                 mine = True
                 if hidden_desc is not None:
                     mine = no_gap == (not GATHER)
                 highest, total, logit_sum, sloped_total, weighted_total, ranked = sweep_slice(
                     hidden_ptr, hidden_desc, classifier_ptr, classifier_desc, bias_ptr,
-                    logit_weight_ptr, masses, rows, first_row, reference, label, target_logit,
-                    first_tile, tl.where(mine, last_tile, first_tile), num_classes, hidden_size,
-                    stride_v, stride_d, logit_scale, softcap, mass_unit,
+                    logit_weight_ptr, masses, rows, first_row, reference, own, target_logit,
+                    class_ids_ptr, first_tile, tl.where(mine, last_tile, first_tile), num_classes,
+                    hidden_size, stride_v, stride_d, logit_scale, softcap, mass_unit,
                     slice_weighted_ptr is not None, FOLD, GATHER, TILE,
                 )  # fmt: skip
                 valid &= mine
@@ -347,13 +364,17 @@ def combine_slices_kernel(
     slice_ranks,
     num_rows_ptr,
     place_ptr,
+    own_ptr,
+    own_logit_ptr,
+    others_ptr,
     lse_ptr,
+    lse_low_ptr,
+    log_prob_ptr,
+    rest_ptr,
     logit_sum_ptr,
-    slope_mean_ptr,
     entropy_ptr,
     ranks,  # (rank, best_class) pointers, or None
-    labels_ptr,  # where a label's column is to be KEPT
-    column_mass_ptr,
+    column_mass_ptr,  # where the columns of own classes are to be KEPT
     num_tokens,
     num_classes,
     programs,
@@ -405,27 +426,52 @@ def combine_slices_kernel(
             best_logit = tl.maximum(best_logit, slice_best)
 
     # In float64: a float32 kernel's logarithm is rough, and every gradient has its error.
-    total = tl.where(valid, total, 1.0)
     log_total = tl.log(total.to(tl.float64))
-    lse = tl.where(valid, highest.to(tl.float64) + log_total, 0.0)
-    tl.store(lse_ptr + tokens, lse.to(tl.float32), mask=inside)
+    others = highest.to(tl.float64) + log_total
+    own_logit = tl.load(own_logit_ptr + tokens, mask=valid, other=0.0).to(tl.float64)
+    odds = others - own_logit  # the logarithm of them, against the own class
+    e = tl.exp(-tl.abs(odds))
+    log1p = tl.where(e < 1e-5, e - e * e * 0.5, tl.log(1 + e))
+    log_prob = -(tl.maximum(odds, 0.0) + log1p)
+    log_rest = -(tl.maximum(-odds, 0.0) + log1p)
+    rest = tl.where(odds > 0, 1.0, e) / (1 + e)  # 1 - p
+    lse = tl.where(valid, tl.maximum(others, own_logit) + log1p, 0.0)
+    high = lse.to(tl.float32)
+    low = tl.where(tl.abs(high) < float("inf"), lse - high.to(tl.float64), 0.0)
+    tl.store(others_ptr + tokens, tl.where(valid, others, 0.0).to(tl.float32), mask=inside)
+    tl.store(lse_ptr + tokens, high, mask=inside)
+    tl.store(lse_low_ptr + tokens, low.to(tl.float32), mask=inside)
+    tl.store(log_prob_ptr + tokens, tl.where(valid, log_prob, 0.0).to(tl.float32), mask=inside)
     if logit_sum_ptr is not None:
         tl.store(logit_sum_ptr + tokens, tl.where(valid, logit_sum, 0.0), mask=inside)
-    if slope_mean_ptr is not None:
-        tl.store(slope_mean_ptr + tokens, tl.where(valid, sloped / total, 0.0), mask=inside)
+    if rest_ptr is not None:
+        mass = rest.to(tl.float32)
+        if slice_sloped_ptr is not None:
+            mass *= tl.where(total > 0, sloped / total, 0.0)
+        tl.store(rest_ptr + tokens, tl.where(valid, mass, 0.0), mask=inside)
     if entropy_ptr is not None:
-        entropy = log_total.to(tl.float32) - weighted / total
-        entropy = tl.where((entropy < 0) | (place < 0), 0.0, entropy)  # a NaN stays one
-        tl.store(entropy_ptr + tokens, entropy, mask=inside)
+        of_others = log_total - (weighted / total).to(tl.float64)
+        of_others = tl.where(of_others < 0, 0.0, of_others)  # a NaN stays one
+        of_rest = tl.where(rest > 0, rest * (of_others - log_rest), 0.0)  # 0 log 0 is 0
+        p = tl.exp(log_prob)
+        entropy = tl.where(p > 0, of_rest - p * log_prob, of_rest).to(tl.float32)
+        tl.store(entropy_ptr + tokens, tl.where(valid, entropy, 0.0), mask=inside)
     if ranks is not None:
         tl.store(ranks[0] + tokens, tl.where(valid, rank, 0), mask=inside)
         tl.store(ranks[1] + tokens, tl.where(valid, best_class, 0), mask=inside)
     if column_mass_ptr is not None:
-        label = tl.load(labels_ptr + tokens, mask=valid, other=-1)
-        known = (label >= 0) & (label < num_classes)
-        mass = column_mass_ptr + (place // BLOCK_N).to(tl.int64) * num_classes + label
+        own = tl.load(own_ptr + tokens, mask=valid, other=-1)
+        known = (own >= 0) & (own < num_classes)
+        mass = column_mass_ptr + (place // BLOCK_N).to(tl.int64) * num_classes + own
         kept = tl.full((BLOCK_N,), KEPT, tl.float32)
         tl.store(mass, kept, mask=known)
+
+
+class Own(NamedTuple):
+    """Each token's own class, which sums over classes leave out."""
+
+    classes: Tensor  # [N] int64
+    logit: Tensor  # [N] float32, of the indexed matmul
 
 
 class Wanted(NamedTuple):
@@ -433,35 +479,40 @@ class Wanted(NamedTuple):
 
     logit_weight: Tensor | None = None  # [V] float32
     entropy: bool = False
-    target: tuple[Tensor, Tensor] | None = None  # for ranks: labels [N], their logits [N] float32
+    ranks: bool = False
+    class_ids: Tensor | None = None  # [V], which classes those of the head are; all, if None
 
 
 class LinearLse(NamedTuple):
     """What a sweep finds, float32 unless said otherwise; 0 at rows left out."""
 
+    others: Tensor  # [N], log-sum-exp of all classes but the own one
     lse: Tensor  # [N]
+    lse_low: Tensor  # [N], what lse lost where it was rounded
+    log_prob: Tensor  # [N], of the own class
+    rest: Tensor | None = None  # [N], ``sum_v slope p`` but for the own class; with column masses
     logit_sum: Tensor | None = None  # [N]
-    slope_mean: Tensor | None = None  # [N], ``sum_v slope p``
     entropy: Tensor | None = None  # [N]
-    rank: Tensor | None = None  # [N] int32
-    best_class: Tensor | None = None  # [N] int32, the first of all but the label
+    rank: Tensor | None = None  # [N] int32, of the own class
+    best_class: Tensor | None = None  # [N] int32, the first of all but the own one
 
 
 class Columns(NamedTuple):
     """Column masses to be stored.
 
-    For each tile of BLOCK_N kept rows ``sum_n slope p / unit``, or KEPT for the rows' labels.
+    For each tile of BLOCK_N kept rows ``sum_n slope exp(z - others) / unit``, or KEPT for the rows'
+    own classes.
     """
 
     mass: Tensor  # [token tiles, V], any float dtype, contiguous
-    labels: Tensor  # [N] int64
-    reference: Tensor  # [N] float32, a lower bound of ``lse``
+    reference: Tensor  # [N] float32, a lower bound of ``others``
     unit: float
 
 
 def linear_lse(
     head: Head,
     kept: KeptRows,
+    own: Own,
     tiles: Tiles,
     wanted: Wanted | None = None,
     columns: Columns | None = None,
@@ -471,11 +522,12 @@ def linear_lse(
     Args:
         head: the head, with contiguous hidden states.
         kept: the rows that take part.
+        own: each token's own class.
         tiles: BLOCK_N tokens x BLOCK_V classes, in steps of BLOCK_D dimensions.
         wanted: what else to find; nothing if None.
         columns: where to store column masses, or None.
     """
-    logit_weight, entropy, target = wanted or Wanted()
+    logit_weight, entropy, ranks, class_ids = wanted or Wanted()
     hidden, classifier = head.hidden, head.classifier
     num_tokens, num_classes = len(hidden), len(classifier)
     programs = tiles.programs * num_programs(hidden.device)
@@ -489,15 +541,15 @@ def linear_lse(
 
     # The scale is multiplied into the exponent, which rounds a little more.
     fold = hidden.dtype != torch.float32 and head.bias is None and head.softcap is None
-    fold &= head.logit_scale > 0 and logit_weight is None and target is None
-    column_mass, column_labels, reference, mass_unit = columns or (None, None, None, 1.0)
+    fold &= head.logit_scale > 0 and logit_weight is None and not ranks
+    column_mass, reference, mass_unit = columns or (None, None, 1.0)
     sloped = column_mass is not None and head.softcap is not None
     slice_highest, slice_total = new(slots), new(slots)
     slice_sum = None if logit_weight is None else new(slots)
     slice_sloped = new(slots) if sloped else None
     slice_weighted = new(slots) if entropy else None
     slice_ranks = None
-    if target is not None:
+    if ranks:
         slice_ranks = new(slots, torch.int32), new(slots), new(slots, torch.int32)
     linear_lse_kernel[(programs,)](
         hidden,
@@ -509,7 +561,9 @@ def linear_lse(
         kept.count,
         kept.rows,
         reference,
-        *(target or (None, None)),
+        own.classes,
+        own.logit if ranks else None,
+        class_ids,
         slice_highest,
         slice_total,
         slice_sum,
@@ -530,18 +584,21 @@ def linear_lse(
         num_stages=tiles.num_stages,
     )
     found = LinearLse(
+        others=new(num_tokens),
         lse=new(num_tokens),
+        lse_low=new(num_tokens),
+        log_prob=new(num_tokens),
+        rest=None if column_mass is None else new(num_tokens),
         logit_sum=None if logit_weight is None else new(num_tokens),
-        slope_mean=new(num_tokens) if sloped else None,
         entropy=new(num_tokens) if entropy else None,
-        rank=None if target is None else new(num_tokens, torch.int32),
-        best_class=None if target is None else new(num_tokens, torch.int32),
+        rank=new(num_tokens, torch.int32) if ranks else None,
+        best_class=new(num_tokens, torch.int32) if ranks else None,
     )
     *vectors, rank, best_class = found
     combine_slices_kernel[(token_tiles,)](
         slice_highest, slice_total, slice_sum, slice_sloped, slice_weighted, slice_ranks,
-        kept.count, kept.place, *vectors, None if target is None else (rank, best_class),
-        column_labels, column_mass, num_tokens, num_classes, programs, most_tiles,
+        kept.count, kept.place, *own, *vectors, (rank, best_class) if ranks else None,
+        column_mass, num_tokens, num_classes, programs, most_tiles,
         BLOCK_N=tiles.block_n, BLOCK_V=tiles.block_v, num_warps=4,
     )  # fmt: skip
     return found

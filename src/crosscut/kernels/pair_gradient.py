@@ -3,15 +3,17 @@
 For each kept pair (block of BLOCK_N tokens b, class v), see :mod:`.kept_pairs`, and each popular
 class in all blocks, its BLOCK_N logits are made again, and
 
-    dz[slot, n] = (d_lse[n] p[n, v] + d_target[n] [v = y_n]) * slope[n, v]
+    dz[slot, n] = factor[n] p[n, v] slope[n, v]        or d_own[n] slope[n, v] at its own class
 
-is stored in the dtype of H, side by side. Rows of C of popular classes lie side by side, and TMA
-loads them; those of the other pairs are gathered. That is all that dH needs of the kept pairs. dC
-is made of the popular classes' pairs, whole, and of single *entries* of the others: those with
+(see :mod:`.gather_tokens`) is stored in the dtype of H, side by side. Rows of C of popular classes
+lie side by side, and TMA loads them; those of the other pairs are gathered. That is all that dH
+needs of the kept pairs. dC is made of the popular classes' pairs, whole, and of single *entries* of
+the others: those with
 
-    |dz| > entry threshold |d_lse|        and every label's,
+    |dz| > entry threshold |factor| rest        and every own class's,
 
-where ``threshold`` is that of the kept pairs: the flatter the softmax, the smaller what counts.
+where ``rest`` is the mass of all classes but the token's own, as large as its gradient, and
+``threshold`` that of the block's kept pairs: the flatter the softmax, the smaller what counts.
 
 **Who owns what.** A tile is SLOTS slots of one block. One program a multiprocessor. First the
 popular classes, all tiles of a block before the next block's. Then the first tile of every block,
@@ -19,9 +21,10 @@ the second of every block, and so on: what runs at once gathers its rows of C fr
 vocabulary, and finds them in the L2 cache.
 
 **The rest.** What is left out has row sums and column sums too; they are what stands for it. Here
-the kept softmax ``slope p`` is summed, tile by tile: over a tile's slots, for each token, of all
-pairs (``kept_mass``) and of those entries that dC has (``entry_mass``); over a pair's tokens, of
-what is no entry (into ``column_mass``, in place of 0).
+the kept softmax ``slope p``, but for the tokens' own classes, is summed, tile by tile: over a
+tile's slots, for each token, of all pairs (``kept_mass``) and of those entries that dC has
+(``entry_mass``); over a pair's tokens, of what is no entry and relative to the token's ``rest``
+(into ``column_mass``, in place of 0).
 
 **Cost.** 2 flop a (pair, token, dimension), and 2 bytes written a (pair, token).
 """
@@ -48,6 +51,7 @@ from crosscut.kernels.tiles import (
     descriptor,
     logits_of,
     num_programs,
+    slope_of,
 )
 
 TAIL_D = 128
@@ -69,10 +73,17 @@ class PairGradient(NamedTuple):
 
 
 @triton.jit
-def is_entry_of(dz, d_lse, is_target, entry):
+def entry_size(vectors, valid, entry):
+    """What an element of dz must exceed to be an entry of dC, given pointers to vectors."""
+    factor = tl.load(vectors + 1, mask=valid, other=0.0)
+    return entry * tl.abs(factor) * tl.load(vectors + 5, mask=valid, other=0.0)
+
+
+@triton.jit
+def is_entry_of(dz, size, is_own):
     """Whether an element of dz, as stored, is an entry of dC."""
-    negligible = tl.abs(dz) <= entry * tl.abs(d_lse)  # a NaN is not
-    return (negligible == 0) | is_target
+    negligible = tl.abs(dz) <= size  # a NaN is not
+    return (negligible == 0) | is_own
 
 
 @kernel
@@ -80,8 +91,8 @@ def pair_gradient_kernel(
     num_rows_ptr,
     hidden_ptr,
     hidden_desc,
-    labels_ptr,
-    vectors_ptr,  # [N, 4]
+    own_ptr,
+    vectors_ptr,  # [N, 6]
     classifier_ptr,
     head_ptr,
     head_desc,
@@ -113,7 +124,6 @@ def pair_gradient_kernel(
     SLOTS: tl.constexpr = TILE[1]
     PARTS: tl.constexpr = 4 if SLOTS == 256 else 1  # a whole tile of 256 does not fit in registers
     num_rows = tl.load(num_rows_ptr)
-    entry *= tl.load(threshold_ptr)
     blocks = tl.cdiv(tl.maximum(num_rows, 0), BLOCK_N)
     num_popular = tl.load(popular_count_ptr)
     popular_tiles = tl.cdiv(num_popular, SLOTS)
@@ -165,32 +175,32 @@ def pair_gradient_kernel(
                 if bias_ptr is not None:
                     bias = tl.load(bias_ptr + classes, mask=valid_slots, other=0.0)
                     bias = bias.to(tl.float32)[:, None]
+                of_block = entry * tl.load(threshold_ptr + num_blocks + block)
                 count = tl.zeros((SLOTS,), tl.int32)
                 rest = tl.zeros((SLOTS,), tl.float32)
                 for part in tl.static_range(PARTS):
                     tokens = block * BLOCK_N + part * (BLOCK_N // PARTS)
                     tokens += tl.arange(0, BLOCK_N // PARTS)
                     valid = tokens < num_rows
-                    vectors = vectors_ptr + tokens * 4
+                    vectors = vectors_ptr + tokens * 6
                     lse = tl.load(vectors, mask=valid, other=0.0)
-                    d_lse = tl.load(vectors + 1, mask=valid, other=0.0)[None, :]
-                    d_target = tl.load(vectors + 2, mask=valid, other=0.0)[None, :]
-                    target = tl.load(labels_ptr + tokens, mask=valid, other=-1)
+                    factor = tl.load(vectors + 1, mask=valid, other=0.0)[None, :]
+                    d_own = tl.load(vectors + 2, mask=valid, other=0.0)[None, :]
+                    own = tl.load(own_ptr + tokens, mask=valid, other=-1)
                     z = product  # [SLOTS, BLOCK_N / PARTS]
                     if PARTS > 1:
                         z = column_part(product, part, PARTS, SLOTS, BLOCK_N)
                     z = logits_of(z, bias, logit_scale, softcap)
                     p = tl.exp2((z - lse[None, :]) * LOG2_E)
                     inside = valid[None, :] & valid_slots[:, None]
-                    p = tl.where(inside, p, 0.0)
-                    is_target = (classes[:, None] == target[None, :]) & inside
-                    at_target = tl.where(is_target, d_target, 0.0)
+                    is_own = (classes[:, None] == own[None, :]) & inside
+                    p = tl.where(inside & (is_own == 0), p, 0.0)
+                    at_own = tl.where(is_own, d_own, 0.0)
                     if softcap is not None:
-                        z *= 1 / softcap
-                        slope = 1 - z * z
-                        at_target *= slope
+                        slope = slope_of(z, softcap)
+                        at_own *= slope
                         p *= slope
-                    dz = (d_lse * p + at_target).to(dz_ptr.dtype.element_ty)
+                    dz = (factor * p + at_own).to(dz_ptr.dtype.element_ty)
                     in_block = part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
                     place = slots.to(tl.int64)[:, None] * BLOCK_N + in_block[None, :]
                     tl.store(dz_ptr + place, dz)
@@ -201,9 +211,12 @@ def pair_gradient_kernel(
                     if POPULAR:
                         tl.store(entry_mass_ptr + sums, kept)
                     else:
-                        is_entry = is_entry_of(dz.to(tl.float32), d_lse, is_target, entry)
+                        size = entry_size(vectors, valid, of_block)[None, :]
+                        is_entry = is_entry_of(dz.to(tl.float32), size, is_own)
                         count += tl.sum(is_entry.to(tl.int32), 1)
-                        rest += tl.sum(tl.where(is_entry, 0.0, p), 1)
+                        others = tl.load(vectors + 5, mask=valid, other=0.0)
+                        share = tl.where(others > 0, 1 / others, 0.0)[None, :]
+                        rest += tl.sum(tl.where(is_entry, 0.0, p * share), 1)
                         tl.store(entry_mass_ptr + sums, tl.sum(tl.where(is_entry, p, 0.0), 0))
 
                 if not POPULAR:
@@ -257,7 +270,7 @@ def pair_gradient(
         tokens.num_rows,
         tokens.hidden,
         descriptor(tokens.hidden, (tiles.block_n, tiles.block_d), tiles),
-        tokens.labels,
+        tokens.own,
         tokens.vectors,
         head.classifier,
         of_popular,
@@ -291,7 +304,7 @@ def tail_kernel(
     num_rows_ptr,
     hidden_ptr,
     vectors_ptr,
-    slope_mean_ptr,
+    mass_ptr,
     rows_ptr,
     cell_start_ptr,
     popular_count_ptr,
@@ -330,17 +343,15 @@ def tail_kernel(
         rest += tl.sum(tl.load(rest_ptr + tile * SLOTS + tl.arange(0, SLOTS)), 0)
     tail = tl.load(tail_ptr + block)
     valid = tokens < num_rows
-    d_lse = tl.load(vectors_ptr + tokens * 4 + 1, mask=valid, other=0.0)
-    mass = tl.full((BLOCK_N,), 1.0, tl.float32)
-    if slope_mean_ptr is not None:
-        rows = tl.load(rows_ptr + tokens, mask=valid, other=0)
-        mass = tl.load(slope_mean_ptr + rows, mask=valid, other=0.0)
+    factor = tl.load(vectors_ptr + tokens * 6 + 1, mask=valid, other=0.0)
+    rows = tl.load(rows_ptr + tokens, mask=valid, other=0)
+    mass = tl.load(mass_ptr + rows, mask=valid, other=0.0)
     # Where nothing is left there is nothing to stand for.
     if tl.program_id(1) == 0:
-        left = d_lse * tl.maximum(mass - kept, 0.0) / tl.where(tail > 0, tail, float("inf"))
+        left = factor * tl.maximum(mass - kept, 0.0) / tl.where(tail > 0, tail, float("inf"))
         tl.store(by_token_ptr + tokens, tl.where(valid, left, 0.0))
     tail += rest
-    left = d_lse * tl.maximum(mass - entered, 0.0) / tl.where(tail > 0, tail, float("inf"))
+    left = factor * tl.maximum(mass - entered, 0.0) / tl.where(tail > 0, tail, float("inf"))
     left = tl.where(valid, left, 0.0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     place = hidden_ptr + tokens.to(tl.int64)[:, None] * hidden_size + d[None, :]
@@ -352,16 +363,16 @@ def tail_kernel(
 
 def tail_of_tokens(
     tokens: Tokens,
-    slope_mean: tuple[Tensor, Tensor] | None,
+    masses: tuple[Tensor, Tensor],
     pairs: KeptPairs,
     gradient: PairGradient,
     tiles: Tiles,
 ) -> tuple[Tensor, Tensor]:
     """What stands for the tail, ``x[n] * column_mass[b, v]``, of dH by token and of dC by block.
 
-    ``x`` is ``d_lse`` times the token's mass that is in no kept pair, or in no entry, over the sum
-    of the column masses that go with it; ``slope_mean`` [N] float32 is a token's whole mass, if not
-    1, with the rows [N] int32 of the tokens in it.
+    ``x`` is ``factor`` times the token's mass that is in no kept pair, or in no entry, over the sum
+    of the column masses that go with it; ``masses`` are that of all classes but the own one, [N]
+    float32, with the rows [N] int32 of the tokens in it.
 
     Returns:
         ``x`` for dH, [blocks * BLOCK_N] float32, 0 past the last token; and ``sum_n x[n] H[n]`` for
@@ -372,7 +383,7 @@ def tail_of_tokens(
     by_token = torch.empty(blocks * tiles.block_n, dtype=torch.float32, device=pairs.tail.device)
     by_block = tokens.hidden.new_empty(blocks, hidden_size, dtype=torch.bfloat16)
     tail_kernel[(blocks, triton.cdiv(hidden_size, TAIL_D))](
-        tokens.num_rows, tokens.hidden, tokens.vectors, *(slope_mean or (None, None)),
+        tokens.num_rows, tokens.hidden, tokens.vectors, *masses,
         pairs.cell_start, pairs.popular_count, pairs.tail, gradient.kept_mass, gradient.entry_mass,
         gradient.rest, by_token, by_block, cells, hidden_size,
         BLOCK_N=tiles.block_n, SLOTS=tiles.block_v, BLOCK_D=TAIL_D,

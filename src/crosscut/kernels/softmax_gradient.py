@@ -1,13 +1,15 @@
 """Gradient of a chunk of logits: the first half of Algorithm 3 of the paper (arXiv:2411.09009).
 
-With ``p = exp(z - lse)`` and one cotangent a statistic, over the classes of one chunk,
+With ``p = exp(z - lse)`` and what a token's cotangents come to (:mod:`.gather_tokens`), over the
+classes of one chunk,
 
-    dz[n, v] = (d_lse[n] p[n, v] + d_target[n] [v = y_n] + d_sum[n] logit_weight[v]) * slope[n, v]
+    dz[n, v] = (factor[n] p[n, v] + d_sum[n] logit_weight[v]) * slope[n, v]
 
-where ``slope = 1 - (z / softcap)^2``. A cotangent of the entropy makes the factor of p
-``d_lse - d_entropy (entropy + log p)``; several labels a token add their ``d_target`` one after the
-other. It is stored in the dtype of H: what the matmuls ``dH += dz C`` and ``dC = dz^T H`` want. The
-chunk's logits are made again in registers.
+with ``d_own[n]`` in place of the first term at the token's own class, whose p is not made again;
+``slope = 1 - (z / softcap)^2``. A cotangent of the entropy adds ``-d_entropy log p`` to the factor;
+other targets of the token add their ``d_targets`` one after the other. It is stored in the dtype of
+H: what the matmuls ``dH += dz C`` and ``dC = dz^T H`` want. The chunk's logits are made again in
+registers.
 
 **Filter** (section 4.3). Where asked for, tiles of BLOCK_N tokens x FILTER_V classes in which every
 ``|p - onehot|`` is below EPSILON are marked dead; with BLOCK_N = 128 they are the paper's.
@@ -24,7 +26,7 @@ this order, in groups of token tiles whose hidden states fit in the L2 cache:
 Tokens here are only those that take part, side by side. Past the last of them a tile is zero.
 
 **Cost.** 2 flop a (token, class, dimension) and 2 bytes written a (token, class). Each of several
-labels is looked for in every tile: 3 operations a (token, class).
+targets is looked for in every tile: 3 operations a (token, class).
 
 **Numerics.** float32 until the store.
 """
@@ -47,6 +49,7 @@ from crosscut.kernels.tiles import (
     logits_of,
     num_programs,
     product_tile,
+    slope_of,
     tiles_in_group,
 )
 
@@ -59,10 +62,11 @@ class Tokens(NamedTuple):
 
     num_rows: Tensor  # R, [1] int32; where negative, nothing is to be done
     hidden: Tensor  # [N, D]
-    labels: Tensor  # [N] or [N, K] int64, places among the classes of the call
-    vectors: Tensor  # [N, 4 or 5] float32: lse, the factor of p, d_target of [N] labels, d_sum;
-    # and that of p log p, where the entropy has a cotangent
-    d_targets: Tensor | None = None  # [N, K] float32, of [N, K] labels
+    own: Tensor  # [N] int64, each token's own class, by its place among the classes of the call
+    vectors: Tensor  # [N, 6 or 7] float32, see :mod:`.gather_tokens`; 7 where the entropy has a
+    # cotangent
+    targets: Tensor | None = None  # [N, K] int64, of tokens that have several, the own one too
+    d_targets: Tensor | None = None  # [N, K] float32, what they add to dz; 0 at the own class
 
 
 class HeadChunk(NamedTuple):
@@ -80,17 +84,18 @@ def gradient_tile(
     bias_ptr,
     logit_weight_ptr,
     vectors,  # [BLOCK_N, 1] pointers to a token's first of VECTORS
-    target,  # [BLOCK_N], the label's place in the chunk; None where there are several
-    several,  # then pointers [BLOCK_N, 1] to a token's labels and d_targets, K, first_label
+    own,  # [BLOCK_N], the own class's place in the chunk
+    several,  # pointers [BLOCK_N, 1] to a token's targets and d_targets, K, first_label; or None
     classes,  # [BLOCK_V]
     num_classes,
     logit_scale,
     softcap,
     VECTORS: tl.constexpr,
+    PRECISE: tl.constexpr,
 ):
     """``dz`` and ``|p - onehot|`` [BLOCK_N, BLOCK_V] in float32; any value past the end.
 
-    Where there are several labels the filter has no say, and the second is p.
+    The second knows of the own class alone.
     """
     bias = None
     if bias_ptr is not None:
@@ -98,28 +103,25 @@ def gradient_tile(
         bias = bias.to(tl.float32)[None, :]
     z = logits_of(z, bias, logit_scale, softcap)
     log_p = z - tl.load(vectors)
+    if PRECISE:
+        log_p -= tl.load(vectors + 4)
     p = tl.exp2(log_p * LOG2_E)  # the difference first: it rounds less
-    difference = p
-    if target is not None:
-        is_target = classes[None, :] == target[:, None]
-        difference = tl.abs(tl.where(is_target, p - 1, p))
+    is_own = classes[None, :] == own[:, None]
+    difference = tl.abs(tl.where(is_own, p - 1, p))
     factor = tl.load(vectors + 1)
-    if VECTORS == 5:
-        factor += tl.load(vectors + 4) * tl.maximum(log_p, NEGLIGIBLE)
-    dz = factor * p
-    if target is not None:
-        dz += tl.where(is_target, tl.load(vectors + 2), 0.0)
-    else:
-        labels, d_targets, num_targets, first_label = several
+    if VECTORS == 7:
+        factor += tl.load(vectors + 6) * tl.maximum(log_p, NEGLIGIBLE)
+    dz = tl.where(is_own, tl.load(vectors + 2), factor * p)
+    if several is not None:
+        targets, d_targets, num_targets, first_label = several
         for k in range(num_targets):
-            is_target = classes[None, :] == (tl.load(labels + k) - first_label).to(tl.int32)
+            is_target = classes[None, :] == (tl.load(targets + k) - first_label).to(tl.int32)
             dz = tl.where(is_target, dz + tl.load(d_targets + k), dz)
     if logit_weight_ptr is not None:
         weight = tl.load(logit_weight_ptr + classes, mask=classes < num_classes, other=0.0)
         dz += tl.load(vectors + 3) * weight[None, :]
     if softcap is not None:
-        capped = z / softcap
-        dz *= 1 - capped * capped
+        dz *= slope_of(z, softcap)
     return dz, difference
 
 
@@ -128,9 +130,10 @@ def softmax_gradient_kernel(
     num_rows_ptr,
     hidden_ptr,
     hidden_desc,
-    labels_ptr,
+    own_ptr,
     vectors_ptr,  # [N, VECTORS]
-    d_targets_ptr,  # [N, num_targets]
+    targets_ptr,  # [N, num_targets]
+    d_targets_ptr,
     classifier_ptr,
     classifier_desc,
     bias_ptr,
@@ -181,17 +184,17 @@ def softmax_gradient_kernel(
         for part in tl.static_range(PARTS):
             first = first_class + part * (BLOCK_V // PARTS)
             classes = first + tl.arange(0, BLOCK_V // PARTS)
-            target, several = None, None
-            if d_targets_ptr is None:
-                target = tl.load(labels_ptr + rows) - first_label
-            else:
+            own = tl.load(own_ptr + rows) - first_label
+            several = None
+            if targets_ptr is not None:
                 first_target = rows[:, None] * num_targets
-                labels, d_targets = labels_ptr + first_target, d_targets_ptr + first_target
-                several = labels, d_targets, num_targets, first_label
+                targets, d_targets = targets_ptr + first_target, d_targets_ptr + first_target
+                several = targets, d_targets, num_targets, first_label
             dz, difference = gradient_tile(
                 column_part(product, part, PARTS, BLOCK_N, BLOCK_V),
-                bias_ptr, logit_weight_ptr, vectors_ptr + rows[:, None] * VECTORS, target, several,
+                bias_ptr, logit_weight_ptr, vectors_ptr + rows[:, None] * VECTORS, own, several,
                 classes, num_classes, logit_scale, softcap, VECTORS,
+                hidden_ptr.dtype.element_ty == tl.float32,
             )  # fmt: skip
             inside = (tokens < num_rows)[:, None] & (classes < num_classes)[None, :]
             if alive_ptr is not None:
@@ -231,8 +234,9 @@ def softmax_gradient(
         tokens.num_rows,
         tokens.hidden,
         descriptor(tokens.hidden, (tiles.block_n, tiles.block_d), tiles),
-        tokens.labels,
+        tokens.own,
         tokens.vectors,
+        tokens.targets,
         tokens.d_targets,
         chunk.classifier,
         descriptor(chunk.classifier, (tiles.block_v, tiles.block_d), tiles),
@@ -241,7 +245,7 @@ def softmax_gradient(
         dz,
         alive,
         len(dz),
-        tokens.labels.shape[1:].numel(),
+        0 if tokens.targets is None else tokens.targets.shape[1],
         chunk.first,
         0,
         *chunk.classifier.shape,

@@ -385,6 +385,30 @@ def logits_of(product, bias, logit_scale, softcap):
     if bias is not None:
         z += bias
     if softcap is not None:
-        # tanh(x) = 1 - 2 / (1 + exp(2 x)): right at both infinities too.
-        z = softcap * (1 - 2 / (1 + tl.exp2(z * (2 * LOG2_E / softcap))))
+        z = softcap * tanh(z * (1 / softcap))
     return z
+
+
+@triton.jit
+def tanh(x):
+    """``1 - 2 / (1 + exp(2 x))``, right at both infinities; near 0, where it cancels, a series."""
+    square = x * x
+    series = -0.05396825396825397 + 0.021869488536155203 * square
+    series = 0.13333333333333333 + square * series
+    series = x + x * square * (-0.3333333333333333 + square * series)
+    return tl.where(square < 0.0625, series, 1 - 2 / (1 + tl.exp2(x * (2 * LOG2_E))))
+
+
+@triton.jit
+def slope_of(z, softcap):
+    """Derivative of the softcap where its result is z: never negative, however z was rounded."""
+    capped = z * (1 / softcap)
+    return tl.maximum(1 - capped * capped, 0.0)
+
+
+@triton.jit
+def one_minus_exp(x):
+    """``1 - exp(x)`` for x <= 0, with all of its digits near 0 too."""
+    series = 1 + x * (1 / 6) * (1 + x * (1 / 7))
+    series = 1 + x * (1 / 3) * (1 + x * (1 / 4) * (1 + x * (1 / 5) * series))
+    return tl.where(x > -0.25, -x * (1 + x * 0.5 * series), 1 - tl.exp(x))

@@ -56,10 +56,12 @@ class BlocksBackend:
         return Statistics(
             lse=new(num_tokens),
             target_logit=new(*problem.labels.shape),
+            log_prob=new(*problem.labels.shape),
             logit_sum=new(0 if problem.logit_weight is None else num_tokens),
             entropy=new(num_tokens if problem.entropy else 0),
             argmax=problem.labels.new_empty(num_tokens if problem.ranks else 0),
             target_rank=problem.labels.new_empty(num_tokens if problem.ranks else 0),
+            lse_low=new(num_tokens),
             column_mass=new(column_blocks(num_tokens) if filtered else 0, num_classes),
             tail_mass=new(num_tokens if filtered else 0),
         )

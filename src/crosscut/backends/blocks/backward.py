@@ -1,16 +1,16 @@
 """Gradients of the statistics: the softmax made again, where it matters.
 
-With ``g_lse`` and ``g_target`` the cotangents of a token's lse and target_logit, and
+With what the cotangents come to (:func:`crosscut.backends.protocol.row_cotangents`), and
 ``p = exp(z - lse)``,
 
-    dz[n, v] = g_lse[n] * p[n, v] + g_target[n] * [v = y_n]
+    dz[n, v] = factor[n] * p[n, v]       d_own[n] at the token's own class
     dH = dz C        dC = dz^T H        d_bias = sum_n dz
 
-times the derivatives of softcap and scale. A cotangent g_entropy of the entropy H adds
-``-g_entropy[n] * p[n, v] * (H[n] + log p[n, v])``, several labels a token add their onehots.
+times the derivatives of softcap and scale. A cotangent g_entropy of the entropy adds
+``-g_entropy[n] * p[n, v] * log p[n, v]``, other targets of the token add their onehots.
 
-A token's label is where most of its gradient is. Its entry of dz is taken out of the sums over
-many, and added to their results: rounded once.
+A token's labels are where most of its gradient is. Their entries of dz are taken out of the sums
+over many, and added to their results: rounded once.
 
 The columns of each block of tokens are of three kinds:
 
@@ -19,8 +19,8 @@ The columns of each block of tokens are of three kinds:
     tail    the rest, where the forward filtered columns: nothing is made again. The tail of p is
             replaced by the rank-one matrix ``tail_mass x column_mass / total``, which has its row
             and column sums:
-            dH += (g_lse tail_mass / total) x (column_mass C)
-            dC += column_mass x ((g_lse tail_mass / total) H)
+            dH += (factor tail_mass / total) x (column_mass C)
+            dC += column_mass x ((factor tail_mass / total) H)
     dense   the rest, where it did not: swept block by block in the dtype of fast matmuls. Also
             wherever the entropy has a cotangent: p log p is large where p no longer is, and no
             sums of it are at hand to stand for a tail.
@@ -46,7 +46,16 @@ from crosscut.backends.blocks.logits import (
     softmax_gradient,
     take_rows,
 )
-from crosscut.backends.protocol import Cotangents, Gradients, HeadProblem, Needs, Statistics
+from crosscut.backends.protocol import (
+    Cotangents,
+    Gradients,
+    HeadProblem,
+    Needs,
+    Statistics,
+    own_labels,
+    own_log_prob,
+    row_cotangents,
+)
 
 WORKSPACE = 2**22
 """Entries of one block of logits, or of classifier rows: 16 MiB in float32."""
@@ -73,23 +82,19 @@ class _Tokens:
     hidden: Tensor  # [n, D]
     labels: Tensor  # [P] the labels of all, each once a token; ascending in ``owners``
     owners: Tensor  # [P] whose label it is, into [n]
-    d_target: Tensor  # [P]
+    is_own: Tensor  # [P] whether it is the token's own class
+    d_target: Tensor  # [P] all of dz but the logit sum at the own class, what is added elsewhere
     dz_label: Tensor  # [P] dz at the label, once its class was visited
     lse: Tensor
-    d_lse: Tensor
-    entropy: Tensor | None
+    lse_low: Tensor
+    others: Tensor  # log-sum-exp of all classes but the token's own
+    factor: Tensor
     d_entropy: Tensor | None
     d_sum: Tensor | None
     kept: Tensor  # classes, sorted
     column_mass: Tensor | None  # [V]: KEPT, or the mass of a column of the tail. None: dense
     tail_mass: Tensor | None
     d_hidden: Tensor  # [n, D], accumulates
-
-    def entropy_of(self, part: slice) -> tuple[Tensor | None, Tensor | None]:
-        """The entropies of some tokens and their cotangents; None where there is none."""
-        if self.entropy is None or self.d_entropy is None:
-            return None, None
-        return self.entropy[part], self.d_entropy[part]
 
     def labels_of(self, part: slice) -> slice:
         """Where the labels of some tokens are in the vectors [P]."""
@@ -115,10 +120,18 @@ def _group(
         several = problem.labels.dim() > 1  # and then too many to gather them all
         return labels[:0] if dense_is_full or several else labels.unique()
 
+    of_rows = row_cotangents(problem, statistics, cotangents)
+    own = own_labels(problem.labels, statistics.target_logit)
+    log_prob = own_log_prob(problem.labels, own, statistics.log_prob)
+
     def group(rows: Tensor, column_mass: Tensor | None) -> _Tokens:
+        d_own, d_targets = of_rows.d_own[rows], of_rows.d_targets
         labels, owners, d_target = _distinct_labels(
-            as_matrix(problem.labels[rows]), as_matrix(cotangents.target_logit[rows])
+            as_matrix(problem.labels[rows]),
+            d_own[:, None] if d_targets is None else d_targets[rows],
         )
+        is_own = labels == own[rows][owners]
+        lse, rest = statistics.lse[rows], -log_prob[rows].expm1()
         sparse = column_mass is not None
         d_entropy, d_sum = cotangents.entropy, cotangents.logit_sum
         return _Tokens(
@@ -126,11 +139,13 @@ def _group(
             hidden=take_rows(problem.hidden, rows),
             labels=labels,
             owners=owners,
-            d_target=d_target,
+            is_own=is_own,
+            d_target=torch.where(is_own, d_own[owners], d_target),
             dz_label=torch.zeros_like(d_target),
-            lse=statistics.lse[rows],
-            d_lse=cotangents.lse[rows],
-            entropy=None if d_entropy is None else statistics.entropy[rows],
+            lse=lse,
+            lse_low=statistics.lse_low[rows],
+            others=torch.where(rest > 0, lse + rest.log(), lse),
+            factor=of_rows.factor[rows],
             d_entropy=None if d_entropy is None else d_entropy[rows],
             d_sum=None if d_sum is None else d_sum[rows],
             kept=kept(labels, column_mass),
@@ -260,13 +275,16 @@ class _Sweep:
         problem, logits = self.problem, self.logits
         lse = tokens.lse[part]
         bias = None if problem.bias is None else problem.bias[classes]
-        dz = logits.block(classifier, bias, hidden, lse)
+        finest = tokens.others[part] if hidden.dtype != logits.dtype else None
+        dz = logits.block(classifier, bias, hidden, lse, finest).sub_(tokens.lse_low[part])
         slope = logits.slope(dz, lse)
-        dz = softmax_gradient(dz, tokens.d_lse[part], *tokens.entropy_of(part))
+        d_entropy = None if tokens.d_entropy is None else tokens.d_entropy[part]
+        dz = softmax_gradient(dz, tokens.factor[part], d_entropy)
         pairs = tokens.labels_of(part)
         row, mine = find_labels(classes, len(dz), tokens.labels[pairs])
         at_label = row, tokens.owners[pairs][mine] - (part.start or 0)
-        dz[at_label] += tokens.d_target[pairs][mine]
+        of_others = torch.where(tokens.is_own[pairs][mine], 0, dz[at_label])
+        dz[at_label] = of_others + tokens.d_target[pairs][mine]
         if slope is not None:
             if tokens.d_sum is not None and problem.logit_weight is not None:
                 dz.addr_(problem.logit_weight[classes].to(dz), tokens.d_sum[part])
@@ -290,7 +308,7 @@ class _LowRank:
             if tokens.column_mass is not None and tokens.tail_mass is not None:
                 mass = tokens.column_mass.clamp_min(0)
                 total = mass.sum()
-                across_tokens = tokens.d_lse * tokens.tail_mass / total
+                across_tokens = tokens.factor * tokens.tail_mass / total
                 across_tokens = torch.where(total > 0, across_tokens, 0)
                 self.terms.append((tokens, len(across_classes), across_tokens))
                 across_classes.append(mass)

@@ -5,19 +5,24 @@
     entropy[n]      = lse[n] - sum_v p[n, v] z[n, v]    likewise, where asked for
 
 The sweep goes over blocks of BLOCK_V classes and BLOCK_N tokens. Each block is made, reduced to a
-sum of exponentials a token, and dropped. 2NVD flop.
+sum of exponentials per token, and dropped. 2NVD flop. Each token's own class is left out, and joins
+in the end (:class:`crosscut.backends.protocol.Statistics`): what is summed is the mass of the
+*others*, ``r = exp(z - others)`` being their softmax among themselves.
 
 **Column filter** (not in the paper, whose filter drops 128 x 128 tiles in the backward). The
 softmax of real text is sparse in columns: over a block of tokens few classes have any mass. So
-the sweep also sums each column of a block, ``sum_n exp(z[n, v] - lse_n)``, and a column whose mean
-over the block's tokens is below DROP_BELOW joins the *tail*, which the backward replaces by the
-rank-one matrix with the same row sums ``tail_mass`` and the same column sums ``column_mass``:
+the sweep also sums each column of a block, ``sum_n r[n, v]``, and a column whose mean over the
+block's tokens is below DROP_BELOW joins the *tail*, which the backward replaces by the rank-one
+matrix with the same row sums ``tail_mass`` and the same column sums ``column_mass``:
 
     p[n, v]  ~=  tail_mass[n] * column_mass[v] / sum_v column_mass[v]      (n, v) in the tail
 
-The final lse is not known during the sweep. The running one is: a lower bound, so a column is
-kept rather once too often. *Scouts* bring it close from the start: the classes that are labels in
-this batch hold most of the mass of real text, and there are few of them, so they go first. What
+What decides is r and not p: a token's gradient is as large as the mass of its others, and what may
+be left out of it is a share of that.
+
+The final log-sum-exp is not known during the sweep. The running one is: a lower bound, so a column
+is kept rather once too often. *Scouts* bring it close from the start: the classes that are labels
+in this batch hold most of the mass of real text, and there are few of them, so they go first. What
 error remains in a block's column sums is taken out by scaling them to the block's row sums, which
 are known exactly in the end.
 
@@ -31,6 +36,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from crosscut.backends.blocks.logits import (
@@ -40,7 +46,7 @@ from crosscut.backends.blocks.logits import (
     find_labels,
     take_rows,
 )
-from crosscut.backends.protocol import HeadProblem, Statistics
+from crosscut.backends.protocol import HeadProblem, Statistics, own_labels
 
 BLOCK_N = 1024
 """Tokens of one block, and of one decision of the column filter."""
@@ -56,8 +62,11 @@ MAX_TAIL_MASS = 2.0**-3
 
 MAX_SCOUTS = 4096
 
-OVERFLOW = 80.0
-"""A block with a higher exponent is made again, relative to its own highest logits."""
+FAR, OVERFLOW = 4.0, 80.0
+"""Tokens with a higher exponent in a block have it made again, relative to their highest logit and
+in full precision. A low-precision logit is off by 2**-9 of its distance from the reference, and
+what is that far above it is nearly all of the softmax; in full precision it only must not overflow.
+"""
 
 KEPT = -1.0
 """What ``column_mass`` says of a column that is not in the tail."""
@@ -86,16 +95,20 @@ def compute_statistics(problem: HeadProblem, *, filter_columns: bool, scouts: bo
         return values.new_zeros(shape).index_copy_(0, rows, values)
 
     def none() -> Tensor:
-        return sweep.lse.new_empty(0, dtype=dtype)
+        return sweep.others.new_empty(0, dtype=dtype)
 
     dtype = problem.statistics_dtype
+    wide_lse, log_prob = sweep.finish()
+    lse = wide_lse.to(dtype)
     return Statistics(
-        lse=scatter(sweep.lse.to(dtype)),
+        lse=scatter(lse),
         target_logit=scatter(sweep.target_logit.to(dtype).view(-1, *problem.labels.shape[1:])),
+        log_prob=scatter(log_prob.to(dtype).view(-1, *problem.labels.shape[1:])),
         logit_sum=none() if problem.logit_weight is None else scatter(sweep.finish_logit_sum()),
         entropy=scatter(sweep.finish_entropy().to(dtype)) if problem.entropy else none(),
         argmax=scatter(sweep.finish_argmax()) if problem.ranks else rows[:0].clone(),
         target_rank=scatter(sweep.target_rank) if problem.ranks else rows[:0].clone(),
+        lse_low=scatter(torch.where(lse.isfinite(), wide_lse - lse, 0).to(dtype)),
         column_mass=sweep.column_mass,
         tail_mass=scatter(sweep.settle_tail()) if filter_columns else none(),
     )
@@ -115,17 +128,20 @@ class _Sweep:
 
         zeros = torch.zeros(rows.shape, dtype=self.logits.dtype, device=rows.device)
         # Rounded once, in the end: a float32 near 10 is off by 5e-7 each time it is added to.
-        self.lse = torch.full_like(zeros, -math.inf, dtype=self.logits.wide)
-        self.mean_logit = torch.zeros_like(self.lse)  # under the running softmax, for the entropy
+        self.others = torch.full_like(zeros, -math.inf, dtype=self.logits.wide)
+        self.mean_logit = torch.zeros_like(self.others)  # of the others, for the entropy
         self.target_logit = self._indexed_matmul()  # [R, K]
-        # What the next block is made relative to: the running log-sum-exp, and before there is
-        # one the highest of the targets' logits. Always finite.
-        highest = self.target_logit.masked_fill(self.labels < 0, -math.inf).amax(1)
-        self.reference = torch.where(highest.isfinite(), highest, 0).to(self.logits.dtype)
+        self.own = own_labels(self.labels, self.target_logit)  # [R]
+        own_logit = torch.where(self.labels == self.own[:, None], self.target_logit, -math.inf)
+        self.own_logit = own_logit.amax(1)
+        # What the next block is made relative to: the running log-sum-exp of the others, and before
+        # there is one the logit of the token's own class. Always finite.
+        finite = self.own_logit.isfinite()
+        self.reference = torch.where(finite, self.own_logit, 0).to(self.logits.dtype)
 
         self.target_rank = torch.zeros_like(rows)
         self.best_class = torch.zeros_like(rows)  # of all but the target
-        self.best_logit = torch.full_like(self.lse, -math.inf)
+        self.best_logit = torch.full_like(self.others, -math.inf)
 
         self.weight = problem.logit_weight
         self.logit_sum = zeros.clone()  # with a softcap; otherwise a single product at the end
@@ -174,10 +190,14 @@ class _Sweep:
         self, block: Tensor, reference: Tensor, index: int, part: slice, classes: slice
     ) -> Tensor:
         """Decide each column of a block; log of the tail's mass of each token, less reference."""
-        mass = block @ (reference - self.lse[part]).exp().to(block)  # [BLOCK_V]
+        others = self.others[part]
+        lse = torch.logaddexp(others, self.own_logit[part])
+        of_others, mass = (
+            block @ (reference - total).exp().to(block) for total in (others, lse)
+        )  # [BLOCK_V], the sums of r and of p
         threshold = block.shape[1] * min(DROP_BELOW, MAX_TAIL_MASS / self.num_classes)
         column_mass = self.column_mass[index, classes]
-        dropped = (mass < threshold) & (column_mass != KEPT)  # a NaN is kept
+        dropped = (of_others < threshold) & (column_mass != KEPT)  # a NaN is kept
         column_mass.copy_(torch.where(dropped, mass, KEPT))
         return (dropped.to(block) @ block).log()
 
@@ -185,7 +205,8 @@ class _Sweep:
         """Tail mass [R] under the final lse; column masses rescaled to it, or all kept."""
         if not self.log_tail:
             return torch.zeros_like(self.reference)
-        tails = (torch.stack(self.log_tail) - self.lse).exp().to(self.column_mass)  # [-, R]
+        lse = torch.logaddexp(self.others, self.own_logit)
+        tails = (torch.stack(self.log_tail) - lse).exp().to(self.column_mass)  # [-, R]
         tail_mass = tails.sum(0)
         for index, part, _ in self._tokens():
             mass = self.column_mass[index]
@@ -211,9 +232,25 @@ class _Sweep:
                 self.logit_sum += (self.weight * self.problem.bias).sum()
         return self.logit_sum
 
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """The log-sum-exp [R], and log-probabilities of the targets [R, K]."""
+        lse = torch.logaddexp(self.others, self.own_logit)
+        own_log_prob = F.logsigmoid(self.own_logit - self.others)[:, None]
+        is_own = self.labels == self.own[:, None]
+        log_prob = torch.where(is_own, own_log_prob, self.target_logit - lse[:, None])
+        return lse, log_prob.masked_fill_(self.labels < 0, 0)
+
     def finish_entropy(self) -> Tensor:
-        """``-sum_v p log p`` of each row [R]."""
-        return (self.lse - self.mean_logit).clamp_min_(0)
+        """``-sum_v p log p`` of each row [R]: of being one's own class or not, and of which other.
+
+        A sum of numbers that are not negative.
+        """
+        log_odds = self.own_logit - self.others
+        log_p, log_rest = F.logsigmoid(log_odds), F.logsigmoid(-log_odds)
+        rest = log_rest.exp()
+        of_others = (self.others - self.mean_logit).clamp_min(0)
+        of_rest = torch.where(rest > 0, rest * (of_others - log_rest), 0)  # 0 log 0 is 0
+        return of_rest - torch.where(log_p > -math.inf, log_p.exp() * log_p, 0)
 
     def finish_argmax(self) -> Tensor:
         """The class that is sorted first, of each row [R]."""
@@ -248,85 +285,81 @@ class _Sweep:
         bias = None if self.problem.bias is None else self.problem.bias[classes]
         reference = self.reference[part].clone()  # no view: the original is about to move on
         block = self.logits.block(classifier, bias, hidden, reference)
-        if not block.amax() < OVERFLOW:
-            block = self._move_to_highest(reference, block, classifier, bias, hidden)
         if self.weight is not None and self.logits.softcap is not None:
             weight = self.weight[classes].to(block).index_fill(0, seen, 0)
             self.logit_sum[part] += weight @ block + weight.sum() * reference
-        slope = self.logits.slope(block, reference) if self.filter_columns else None
         block.index_fill_(0, seen, -math.inf)
+        block[find_labels(classes, len(block), self.own[part])] = -math.inf
+        self._make_far_ones_again(block, reference, part, (classifier, bias, hidden))
+        slope = self.logits.slope(block, reference) if self.filter_columns else None
         if self.problem.ranks:
             self._rank(classes, block, reference, part)
         if not self.problem.entropy:
             exponentials = block.exp_()
-            self._add_to_lse(exponentials.sum(0), reference, part)
+            self._add_to_others(exponentials.sum(0), reference, part)
         else:
             exponentials = block.exp()
             weighted = block.clamp_min_(NEGLIGIBLE).mul_(exponentials).sum(0)
-            self._add_to_lse(exponentials.sum(0), reference, part, weighted)
+            self._add_to_others(exponentials.sum(0), reference, part, weighted)
         return exponentials, slope, reference
 
     def _rank(self, classes: slice | Tensor, block: Tensor, reference: Tensor, part: slice) -> None:
-        """Count the classes of a block ahead of the target, and find the best but the target.
-
-        The target's own logit is that of the indexed matmul, which is the more precise one.
-        """
+        """Count the classes of a block ahead of the target, and find the best of them."""
         labels = self.labels[part, 0]
         target = self.target_logit[part, 0].to(reference) - reference
         if isinstance(classes, slice):
             index = torch.arange(classes.start, classes.start + len(block), device=block.device)
         else:
             index = classes
-        own = find_labels(classes, len(block), labels)
-        kept = block[own]
-        block[own] = -math.inf
         ahead = (block == target).logical_and_(index[:, None] < labels).logical_or_(block > target)
         self.target_rank[part] += ahead.sum(0)
         highest, row = block.max(0)
-        logit, best = highest.to(self.lse) + reference, self.best_logit[part]
+        logit, best = highest.to(self.others) + reference, self.best_logit[part]
         better = (logit > best) | ((logit == best) & (index[row] < self.best_class[part]))
         self.best_logit[part] = torch.where(better, logit, best)
         self.best_class[part] = torch.where(better, index[row], self.best_class[part])
-        block[own] = kept
 
-    def _move_to_highest(
+    def _make_far_ones_again(
         self,
-        reference: Tensor,
         block: Tensor,
-        classifier: Tensor,
-        bias: Tensor | None,
-        hidden: Tensor,
-    ) -> Tensor:
-        """The block again, relative to its highest logits, after moving ``reference`` there.
+        reference: Tensor,
+        part: slice,
+        factors: tuple[Tensor, Tensor | None, Tensor],
+    ) -> None:
+        """Mend the columns of a block whose highest logit is far from their reference, in place.
 
-        Far from the reference a low-precision logit is off by much, so it may take more than one
-        move to get there; an inf or a NaN never gets there.
+        Far above it; or on either side, as long as nothing is known of the others.
         """
-        moved = torch.zeros_like(reference, dtype=torch.bool)
-        for _ in range(4):
-            highest = block.amax(0)
-            moved |= highest > 0
-            if (highest.abs() < 1)[moved].all():
-                break
-            reference += torch.where(moved, highest, 0)
-            block = self.logits.block(classifier, bias, hidden, reference)
-        return block
+        highest = block.amax(0)
+        far = FAR if self.logits.fast != self.logits.dtype else OVERFLOW
+        unknown = self.others[part] == -math.inf
+        wrong = (highest > far) | (unknown & (highest < -far))
+        tokens = (wrong & highest.isfinite()).nonzero().squeeze(1)
+        if not len(tokens):
+            return
+        classifier, bias, hidden = factors
+        classifier, hidden = classifier.to(self.logits.dtype), hidden[tokens].to(self.logits.dtype)
+        reference[tokens] += highest[tokens]
+        again = self.logits.block(classifier, bias, hidden, reference[tokens])
+        left_out = block[:, tokens] == -math.inf
+        block[:, tokens] = again.masked_fill_(left_out, -math.inf)
 
-    def _add_to_lse(
+    def _add_to_others(
         self, sums: Tensor, reference: Tensor, part: slice, weighted: Tensor | None = None
     ) -> None:
         """Add a block, given ``sum_v e`` and ``sum_v e (z - reference)``, [n], of its e = exp(z -
         reference).
         """
-        sums = sums.to(self.lse)
-        block_lse = reference.to(self.lse) + sums.log()
-        lse = torch.logaddexp(self.lse[part], block_lse)
+        sums = sums.to(self.others)
+        block_lse = reference.to(self.others) + sums.log()
+        others = torch.logaddexp(self.others[part], block_lse)
         if weighted is not None:
             mean, block_mean = self.mean_logit[part], reference + weighted / sums
-            moved = mean + (block_lse - lse).exp() * (block_mean - mean)
+            moved = mean + (block_lse - others).exp() * (block_mean - mean)
             self.mean_logit[part] = torch.where(sums > 0, moved, mean)
-        self.lse[part] = lse
-        self.reference[part] = torch.where(lse.isfinite(), lse.to(reference), self.reference[part])
+        self.others[part] = others
+        finite = others.isfinite()
+        self.reference[part] = torch.where(finite, others.to(reference), self.reference[part])
 
 
 def _most_frequent(labels: Tensor, most: int) -> Tensor:

@@ -81,21 +81,18 @@ def find_labels(classes: slice | Tensor, num_classes: int, labels: Tensor) -> tu
     return row[mine], mine
 
 
-def softmax_gradient(
-    log_p: Tensor, d_lse: Tensor, entropy: Tensor | None, d_entropy: Tensor | None
-) -> Tensor:
-    """``p (d_lse - d_entropy (H + log p))`` of a block, [v, n]: dz, but for target and logit sum.
+def softmax_gradient(log_p: Tensor, factor: Tensor, d_entropy: Tensor | None) -> Tensor:
+    """``p (factor - d_entropy log p)`` of a block, [v, n]: dz, but for targets and logit sum.
 
     Args:
         log_p: logits less the log-sum-exp, [v, n]; overwritten.
-        d_lse: [n].
-        entropy: H, [n]; needed with d_entropy.
+        factor: [n].
         d_entropy: [n], or None for zeros.
     """
-    if entropy is None or d_entropy is None:
-        return log_p.exp_().mul_(d_lse)
+    if d_entropy is None:
+        return log_p.exp_().mul_(factor)
     p = log_p.exp()
-    return log_p.clamp_min_(NEGLIGIBLE).add_(entropy).mul_(-d_entropy).add_(d_lse).mul_(p)
+    return log_p.clamp_min_(NEGLIGIBLE).mul_(-d_entropy).add_(factor).mul_(p)
 
 
 class LogitBlocks:
@@ -157,7 +154,8 @@ class LogitBlocks:
         """Derivative of the softcap at the logits of a block, [v, n]; None where it is 1."""
         if self.softcap is None:
             return None
-        return (block + reference).div_(self.softcap).square_().neg_().add_(1)
+        slope = (block + reference).div_(self.softcap).square_().neg_().add_(1)
+        return slope.clamp_min_(0)  # a logit may be rounded to more than the softcap
 
     def _before_softcap(self, logit: Tensor) -> Tensor:
         """The dot product whose logit this is, bias aside: where rounding should be finest.

@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crosscut.backends.blocks.logits import LogitBlocks, softmax_gradient, take_rows
-from crosscut.backends.protocol import Cotangents, Gradients, HeadProblem, Needs, Statistics
+from crosscut.backends.protocol import (
+    Cotangents,
+    Gradients,
+    HeadProblem,
+    Needs,
+    Statistics,
+    row_cotangents,
+)
 
 TILE = 128
 EPSILON = 2.0**-12
@@ -42,11 +49,8 @@ def tile_filtered_backward(
     d_classifier = classifier.new_empty(classifier.shape)
     d_bias = None if problem.bias is None else torch.empty_like(problem.bias)
 
-    def entropy_of(tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if cotangents.entropy is None:
-            return None, None
-        return statistics.entropy[tokens], cotangents.entropy[tokens]
-
+    of_rows = row_cotangents(problem, statistics, cotangents)
+    d_entropy = cotangents.entropy
     for classes in order.split(BLOCK_V):
         c = classifier[classes].to(logits.fast)  # [BLOCK_V, D]
         bias = None if problem.bias is None else problem.bias[classes]
@@ -54,14 +58,15 @@ def tile_filtered_backward(
         d_b = torch.zeros(len(classes), dtype=logits.dtype, device=c.device)
         for tokens in rows.split(BLOCK_N) if len(rows) else ():
             h = take_rows(hidden, tokens).to(logits.fast)  # [BLOCK_N, D]
-            lse, d_lse = statistics.lse[tokens], cotangents.lse[tokens]
+            lse = statistics.lse[tokens]
             z = logits.block(c, bias, h, lse)  # less lse, [BLOCK_V, BLOCK_N]
             slope = logits.slope(z, lse)
             p = z.exp()
             onehot = classes[:, None] == problem.labels[tokens]
 
-            dz = softmax_gradient(z, d_lse, *entropy_of(tokens))
-            dz += onehot * cotangents.target_logit[tokens]
+            of_entropy = None if d_entropy is None else d_entropy[tokens]
+            dz = softmax_gradient(z, of_rows.factor[tokens], of_entropy)
+            dz = torch.where(onehot, of_rows.d_own[tokens], dz)
             alive = _alive_tiles(p.sub_(onehot.to(p)).abs_())  # [BLOCK_V, BLOCK_N]
             if cotangents.logit_sum is not None and problem.logit_weight is not None:
                 dz.addr_(problem.logit_weight[classes].to(dz), cotangents.logit_sum[tokens])

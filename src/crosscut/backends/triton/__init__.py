@@ -27,7 +27,7 @@ from crosscut.backends.protocol import (
     Statistics,
 )
 from crosscut.backends.triton.column_filter import (
-    MAX_TAIL,
+    block_thresholds,
     block_tokens,
     filters_columns,
     mass_unit,
@@ -85,7 +85,6 @@ class TritonBackend:
     def forward_like(self, problem: HeadProblem, *, for_backward: bool) -> Statistics:
         num_tokens = len(problem.labels)
         filtered = for_backward and filters_columns(problem)
-        sloped = filtered and problem.options.softcap is not None
 
         def new(*shape: int) -> Tensor:
             return problem.hidden.new_empty(shape, dtype=torch.float32)
@@ -93,16 +92,18 @@ class TritonBackend:
         return Statistics(
             lse=new(num_tokens),
             target_logit=new(*problem.labels.shape),
+            log_prob=new(*problem.labels.shape),
             logit_sum=new(0 if problem.logit_weight is None else num_tokens),
             entropy=new(num_tokens if problem.entropy else 0),
             argmax=problem.labels.new_empty(num_tokens if problem.ranks else 0),
             target_rank=problem.labels.new_empty(num_tokens if problem.ranks else 0),
+            lse_low=new(num_tokens),
             column_mass=problem.hidden.new_empty(
                 token_blocks(problem) if filtered else 0,
                 len(problem.classifier),
                 dtype=torch.bfloat16,
             ),
-            tail_mass=new(num_tokens if sloped else 0),  # sum of slope p; 1 without a softcap
+            tail_mass=new(num_tokens if filtered else 0),  # sum of slope p but for own classes
         )
 
     def backward(
@@ -117,27 +118,19 @@ class TritonBackend:
             return compute_gradients(problem, statistics, cotangents, needs)
 
     def sparsity(self, problem: HeadProblem, statistics: Statistics) -> tuple[float, float]:
-        from crosscut.kernels.kept_pairs import THRESHOLDS
-
-        masses = statistics.column_mass
-        num_rows = (problem.labels >= 0).sum().item()
-        if not len(masses) or not num_rows:
+        num_rows = int((problem.labels >= 0).sum())
+        masses = statistics.column_mass[: math.ceil(num_rows / block_tokens(problem))].float()
+        if not masses.numel():
             return 1.0, 0.0
-        masses = masses[: math.ceil(num_rows / block_tokens(problem))]
-        auto, unit = problem.options.policy == "auto", mass_unit(masses.shape[1])
+        kept = masses >= block_thresholds(problem, statistics, masses)[:, None]
         room = room_for_pairs(problem, lends=True)
-        for threshold in THRESHOLDS:
-            left_out = masses < threshold
-            if auto and _sum(masses[left_out]) * unit > MAX_TAIL * num_rows:
-                continue
-            popular = popular_classes(~left_out, room)
-            left_out[:, popular] = False
-            kept = masses.numel() - int(left_out.sum())
-            unused = len(statistics.column_mass) - len(masses)  # popular classes are there too
-            if kept + unused * len(popular) > room.pairs:
-                break
-            return kept / masses.numel(), _sum(masses[left_out]) * unit / num_rows
-        return 1.0, 0.0
+        popular = popular_classes(kept, room)
+        kept[:, popular] = True
+        unused = len(statistics.column_mass) - len(masses)  # popular classes are there too
+        if int(kept.sum()) + unused * len(popular) > room.pairs:
+            return 1.0, 0.0
+        tail = masses[~kept].sum().item() * mass_unit(masses.shape[1])
+        return kept.double().mean().item(), tail / num_rows
 
     def why_not_distil(self, problem: DistillationProblem) -> str | None:
         student, teacher = problem.student, problem.teacher
@@ -169,10 +162,6 @@ def _on(problem: HeadProblem) -> AbstractContextManager[object]:
     """Launches go to the current device: make it the problem's."""
     device = problem.hidden.device
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _sum(masses: Tensor) -> float:
-    return masses.sum(dtype=torch.float32).item()
 
 
 def _interpreted() -> bool:

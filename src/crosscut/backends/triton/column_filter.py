@@ -6,13 +6,18 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from crosscut.backends.protocol import HeadProblem
+from crosscut.backends.protocol import HeadProblem, Statistics
 from crosscut.options import workspace_limit
 
-MAX_TAIL = 0.015
-"""Mean mass of a token's tail that may be left out, under ``auto``."""
+TAIL_SHARE = 0.1
+"""Of a token's gradient that may be in the tail under ``auto``, in units of the rounding of its
+log-sum-exp, ``finfo.eps |lse|``: what PyTorch's own error in low precision comes from."""
+
+LEVELS = 8
+"""Thresholds that a block can have: level i keeps a pair from a mass of 2**(-i / 2) on."""
 
 MOST_KEPT = 9 * 2**10
 """Pairs (block of tokens, class) of a block that there is always room for, on average."""
@@ -31,9 +36,9 @@ LATE_BYTES = 9 * 2**22
 
 
 def mass_unit(num_classes: int) -> float:
-    """What column masses are counted in: a class joins a block's tail when its softmax, summed over
-    the block's tokens, is below this. Or below a half, a quarter, an eighth of it, where more than
-    MAX_TAIL would be in the tail.
+    """What column masses are counted in: a class joins a block's tail when its share of what each
+    token has beside its own class, summed over the block's tokens, is below this. Or below less,
+    down to an eleventh of it, where more than TAIL_SHARE would be in the tail.
 
     The fewer classes, the more is in each, and the less is a tail of such classes: less is kept for
     the same error. So it is on one model's logits over 32,064 to 262,144 of its classes; with few
@@ -41,6 +46,38 @@ def mass_unit(num_classes: int) -> float:
     """
     fewer = 2**18 / num_classes if num_classes >= 2**14 else 1.0
     return 2.0**-11.5 * fewer ** (1 / 3)
+
+
+def most_tail(problem: HeadProblem) -> float:
+    """What a block's budget is made of (:mod:`crosscut.kernels.kept_pairs`)."""
+    if problem.options.policy != "auto":
+        return torch.finfo(torch.float32).max  # not inf: no rows times that is no number
+    unit = mass_unit(len(problem.classifier))
+    return TAIL_SHARE * torch.finfo(problem.hidden.dtype).eps / unit
+
+
+def block_thresholds(problem: HeadProblem, statistics: Statistics, masses: Tensor) -> Tensor:
+    """The threshold of each block [blocks] of ``masses`` [blocks, V], were all cotangents equal.
+
+    As :mod:`crosscut.kernels.kept_pairs` chooses them.
+    """
+    block_n = block_tokens(problem)
+    valid = problem.labels >= 0
+    lse, rest = (
+        F.pad(value[valid], (0, -int(valid.sum()) % block_n)).view(-1, block_n)
+        for value in (statistics.lse, -statistics.log_prob.expm1())
+    )
+    count = F.pad(valid[valid], (0, -int(valid.sum()) % block_n)).view(-1, block_n).sum(1)
+    largest = rest.amax(1, True)
+    size = torch.where(largest > 0, rest / largest, 0)
+    budget = most_tail(problem) * (size * lse.abs()).sum(1)
+    budget = torch.where(largest[:, 0] > 0, budget / (size.square().sum(1) / count).sqrt(), 0)
+    thresholds = torch.zeros_like(budget)
+    for level in range(LEVELS - 1, -1, -1):
+        threshold = 2.0 ** (-level / 2)
+        tail = torch.where(masses < threshold, masses, 0).sum(1)
+        thresholds = torch.where(tail <= budget, threshold, thresholds)
+    return thresholds
 
 
 def entry_above(num_tokens: int) -> float:

@@ -59,7 +59,7 @@ def _call(
     d_sum = None if problem.logit_weight is None else found.logit_sum
     for has_gradient in entropy:
         d_entropy = found.entropy if has_gradient else None
-        cotangents = Cotangents(found.lse, found.target_logit, d_sum, d_entropy)
+        cotangents = Cotangents(found.lse, found.target_logit, found.log_prob, d_sum, d_entropy)
         compute_gradients(problem, found, cotangents, needs)
 
 

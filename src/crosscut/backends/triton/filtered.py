@@ -6,16 +6,17 @@ the rest of the softmax stands, block by block, the rank-one matrix with the sam
 same column sums (docs/method.md). Nothing here depends on how many pairs there are: the lists live
 on the device, and the host never waits.
 
-**How much.** The tail's mass bounds the error. It may have MAX_TAIL; where it has more, more pairs
-are kept, of the masses that the forward has left (:mod:`crosscut.kernels.kept_pairs`).
+**How much.** The tail's mass bounds the error. Each block of tokens has a budget for it; where it
+would have more, more pairs are kept, of the masses that the forward has left
+(:mod:`crosscut.kernels.kept_pairs`).
 
 **Where.** What is needed before dC is written lies in rows of dC, if it is wanted and has them
 (:mod:`crosscut.kernels.scratch`). The order below keeps to that: rows that lend nothing may be
 written first, and the others when nobody needs what they hold.
 
-**When not.** Where it has more even so, or pairs or entries do not fit, the softmax is too flat to
-leave much out, and every entry is computed: the exact sweep runs after all, decided on the device.
-Where it is not needed its kernels find nothing to do, some microseconds each.
+**When not.** Where pairs or entries do not fit, the softmax is too flat to leave much out, and
+every entry is computed: the exact sweep runs after all, decided on the device. Where it is not
+needed its kernels find nothing to do, some microseconds each.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from torch import Tensor
 from crosscut.backends.protocol import Gradients, HeadProblem, Statistics
 from crosscut.backends.triton.column_filter import (
     ENTRIES_PER_TOKEN,
-    MAX_TAIL,
     entry_above,
     mass_unit,
+    most_tail,
     room_for_pairs,
 )
 from crosscut.backends.triton.sweep import KeptTokens, sweep
@@ -44,7 +45,6 @@ from crosscut.kernels.scratch import Scratch
 from crosscut.kernels.tiles import Head, Kernel, choose_tiles
 
 _LITTLE = 2**23  # bytes that are not worth another launch
-_ANY_TAIL = torch.finfo(torch.float32).max  # not inf: no rows times that is no number
 
 
 def filtered_gradients(
@@ -80,9 +80,9 @@ def _from_kept_pairs(
     tail_mass = in_dc.new(blocks, num_classes, dtype=statistics.column_mass.dtype)
     before_tail = num_classes if in_dc.taken_from is None else in_dc.taken_from // CELL * CELL
     pairs = kept_pairs(
-        statistics.column_mass, kept.count, tail_mass, scratch,
+        statistics.column_mass, tokens, tail_mass, scratch,
         block_n=tiles.block_n, num_slots=slots, block_slots=tiles.block_v,
-        most_tail=MAX_TAIL / unit if problem.options.policy == "auto" else _ANY_TAIL,
+        most_tail=most_tail(problem),
         most_popular=room.popular,
         late_from=room.lent_from, most_late=room.late,
     )  # fmt: skip
@@ -95,10 +95,8 @@ def _from_kept_pairs(
     gradient = pair_gradient(
         head, tokens, pairs, of_popular, scratch, tiles, mass_unit=unit, entry=entry
     )
-    slope_mean = None
-    if problem.options.softcap is not None:
-        slope_mean = statistics.tail_mass, kept.rows
-    x, rows = tail_of_tokens(tokens, slope_mean, pairs, gradient, tiles)
+    masses = statistics.tail_mass, kept.rows
+    x, rows = tail_of_tokens(tokens, masses, pairs, gradient, tiles)
     if out.hidden is not None and by_block is not None:
         hidden_rows(
             out.hidden, tokens, kept.rows, gradient.dz, classifier, of_popular, pairs,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crosscut.backends.protocol import HeadProblem, Statistics
+from crosscut.backends.protocol import HeadProblem, Statistics, own_labels
 from crosscut.backends.triton.column_filter import mass_unit
 from crosscut.kernels.flags import flagged_first
 from crosscut.kernels.indexed_matmul import indexed_matmul
 from crosscut.kernels.kept_rows import kept_tokens
 from crosscut.kernels.launch import like_or
-from crosscut.kernels.linear_lse import Columns, LinearLse, Wanted, linear_lse
+from crosscut.kernels.linear_lse import Columns, LinearLse, Own, Wanted, linear_lse
 from crosscut.kernels.move_rows import move_rows
 from crosscut.kernels.tiles import Head, Kernel, choose_tiles
 
@@ -37,34 +37,55 @@ def compute_statistics(problem: HeadProblem, like: Statistics) -> Statistics:
     if num_scouts:
         flags = torch.zeros(num_classes, dtype=torch.int8, device=labels.device)
     target_logit = indexed_matmul(head, labels, flags)
-    wanted = Wanted(weight, problem.entropy, (labels, target_logit) if problem.ranks else None)
+    own = _own(labels, target_logit)
+    wanted = Wanted(weight, problem.entropy, problem.ranks)
     if not len(like.column_mass):
         much = weight is not None or problem.ranks
         tiles = choose_tiles(Kernel.WEIGHTED_LSE if much else Kernel.LSE, hidden)
-        found = linear_lse(head, kept, tiles, wanted)
-        return _filled(like._replace(target_logit=target_logit), found, labels)
+        found = linear_lse(head, kept, own, tiles, wanted)
+        return _filled(like, found, labels, own, target_logit)
 
-    reference = target_logit
     if flags is not None:
         scouts = flagged_first(flags, num_scouts)
         some = move_rows(hidden.new_empty(num_scouts, hidden.shape[1]), problem.classifier, scouts)
         tiles = choose_tiles(Kernel.LSE, hidden)
-        scouted = linear_lse(head._replace(classifier=some), kept, tiles)
-        reference = like_or(scouted.lse, lambda: torch.maximum(target_logit, scouted.lse))
+        of_scouts = head._replace(classifier=some)
+        reference = linear_lse(of_scouts, kept, own, tiles, Wanted(class_ids=scouts)).others
+    else:
+        reference = like_or(target_logit, lambda: torch.full_like(target_logit, -torch.inf))
     least = problem.ranks or (problem.entropy and options.softcap is not None)
     tiles = choose_tiles(Kernel.WEIGHTED_LSE if least else Kernel.MASS_LSE, hidden)
-    columns = Columns(like.column_mass.zero_(), labels, reference, mass_unit(num_classes))
-    found = linear_lse(head, kept, tiles, wanted, columns)
-    return _filled(like._replace(target_logit=target_logit), found, labels)
+    columns = Columns(like.column_mass.zero_(), reference, mass_unit(num_classes))
+    found = linear_lse(head, kept, own, tiles, wanted, columns)
+    return _filled(like, found, labels, own, target_logit)
 
 
-def _filled(like: Statistics, found: LinearLse, labels: Tensor) -> Statistics:
+def _own(labels: Tensor, target_logit: Tensor) -> Own:
+    """Each token's own class, and its logit."""
+    if labels.dim() == 1:
+        return Own(labels, target_logit)
+    if labels.is_meta:  # as in like_or
+        return Own(labels[:, 0].contiguous(), target_logit[:, 0].contiguous())
+    own = own_labels(labels, target_logit)
+    logit = torch.where(labels == own[:, None], target_logit, -torch.inf).amax(1)
+    return Own(own, torch.where(own < 0, 0, logit))
+
+
+def _filled(
+    like: Statistics, found: LinearLse, labels: Tensor, own: Own, target_logit: Tensor
+) -> Statistics:
     """The statistics, with what a sweep has found."""
+    log_prob = found.log_prob
+    if labels.dim() > 1:
+        log_prob = like_or(target_logit, lambda: _log_probs(found, labels, own, target_logit))
     vectors = {
         "lse": found.lse,
+        "target_logit": target_logit,
+        "log_prob": log_prob,
         "logit_sum": found.logit_sum,
         "entropy": found.entropy,
-        "tail_mass": found.slope_mean,
+        "lse_low": found.lse_low,
+        "tail_mass": found.rest,
     }
     like = like._replace(**{name: value for name, value in vectors.items() if value is not None})
     if found.rank is None or found.best_class is None:
@@ -72,3 +93,10 @@ def _filled(like: Statistics, found: LinearLse, labels: Tensor) -> Statistics:
     rank, best = found.rank.long(), found.best_class.long()
     argmax = like_or(best, lambda: torch.where(rank == 0, labels.clamp_min(0), best))
     return like._replace(argmax=argmax, target_rank=rank)
+
+
+def _log_probs(found: LinearLse, labels: Tensor, own: Own, target_logit: Tensor) -> Tensor:
+    """Of several targets a token, [N, K]. None but the own one has most of the softmax."""
+    of_others = (target_logit - found.lse[:, None]) - found.lse_low[:, None]
+    log_prob = torch.where(labels == own.classes[:, None], found.log_prob[:, None], of_others)
+    return torch.where(labels >= 0, log_prob, 0)

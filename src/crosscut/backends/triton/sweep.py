@@ -35,7 +35,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from crosscut.backends.protocol import Cotangents, Gradients, HeadProblem, Statistics
+from crosscut.backends.protocol import (
+    Cotangents,
+    Gradients,
+    HeadProblem,
+    RowCotangents,
+    Statistics,
+    own_labels,
+    own_log_prob,
+    row_cotangents,
+)
 from crosscut.kernels.exact_sweep import SweepOutputs, exact_sweep
 from crosscut.kernels.gather_tokens import PerToken, gather_tokens
 from crosscut.kernels.kept_rows import KeptRows, kept_tokens
@@ -97,7 +106,7 @@ def _exact(problem: HeadProblem, together: KeptTokens, out: Gradients) -> None:
     )  # fmt: skip
     low = class_sum = None
     d_hidden = out.hidden
-    if d_hidden is not None and tokens.vectors.shape[1] == 5:
+    if d_hidden is not None and tokens.vectors.shape[1] == 7:
         # The entropy's kernel has no registers left for a sum in two numbers.
         d_hidden = torch.zeros_like(d_hidden, dtype=torch.float32)
     elif d_hidden is not None and d_hidden.dtype != torch.float32:
@@ -174,7 +183,7 @@ class _Chunks:
             self.order = _by_mean_logit(problem, self.tokens)  # [V]
             rank = torch.empty_like(self.order)
             rank[self.order] = torch.arange(len(rank), device=rank.device)
-            self.tokens = self.tokens._replace(labels=rank[self.tokens.labels.clamp_min(0)])
+            self.tokens = self.tokens._replace(own=rank[self.tokens.own.clamp_min(0)])
 
         # [N, D], side by side
         narrow = policy == "cce" and hidden.dtype == torch.bfloat16
@@ -254,28 +263,48 @@ def side_by_side(
 ) -> KeptTokens:
     """The tokens that take part, then zeros up to a multiple of ``block_n``."""
     kept = kept_tokens(problem.labels)
-    d_lse, d_target, d_sum, d_entropy = cotangents
-    several = d_target.dim() > 1
-    lift = None
-    if problem.hidden.dtype == torch.float16:
-        lift = _lift(problem, statistics, cotangents)
+    labels, log_prob = problem.labels.contiguous(), statistics.log_prob
+    d_lse, d_target, d_log_prob, d_sum, d_entropy = cotangents
+    targets = d_targets = lift = None
+    # What a kernel does of a token with one target, PyTorch does of those with more; and of
+    # float16, whose range wants to know what comes of it.
+    combined = labels.dim() > 1 or problem.hidden.dtype == torch.float16
+    if combined and labels.is_meta:  # as in like_or
+        if labels.dim() > 1:
+            targets, d_targets = labels, log_prob
+            labels, log_prob = labels[:, 0].contiguous(), log_prob[:, 0].contiguous()
+        d_lse, d_target, d_log_prob = statistics.lse, statistics.lse, None
+        lift = log_prob.new_empty(()) if problem.hidden.dtype == torch.float16 else None
+    elif combined:
+        of_rows = row_cotangents(problem, statistics, cotangents)
+        own = own_labels(labels, statistics.target_logit)
+        log_prob = own_log_prob(labels, own, log_prob).contiguous()
+        if problem.hidden.dtype == torch.float16:
+            lift = _lift(problem, of_rows, log_prob, cotangents)
+        d_lse, d_target, d_log_prob = of_rows.factor, of_rows.d_own, None
+        if labels.dim() > 1:
+            rows = kept.rows.clamp_min(0).long()
+            targets, d_targets = labels[rows], of_rows.d_targets
+            d_targets = d_targets[rows].float() if d_targets is not None else None
+            if d_targets is not None and lift is not None:
+                d_targets *= lift
+            labels = own
     of_tokens = PerToken(
-        labels=None if several else problem.labels.contiguous(),
+        own=labels,
         lse=statistics.lse,
+        lse_low=statistics.lse_low,
+        log_prob=log_prob,
         entropy=None if d_entropy is None else statistics.entropy,
         d_lse=d_lse,
-        d_target=None if several else d_target,
+        d_target=d_target,
+        d_log_prob=d_log_prob,
         d_sum=d_sum,
         d_entropy=d_entropy,
     )
-    tokens = gather_tokens(problem.hidden, of_tokens, kept, lift, multiple=block_n)
-    if several:
-        rows = like_or(kept.rows, lambda: kept.rows.clamp_min(0)).long()
-        d_targets = d_target[rows].float()
-        tokens = tokens._replace(
-            labels=problem.labels[rows],
-            d_targets=d_targets if lift is None else like_or(d_targets, lambda: d_targets * lift),
-        )
+    tokens = gather_tokens(
+        problem.hidden, of_tokens, kept, lift, combined=combined, multiple=block_n
+    )
+    tokens = tokens._replace(targets=targets, d_targets=d_targets)
     scale = torch.full(
         (1,), problem.options.logit_scale, dtype=torch.float32, device=problem.hidden.device
     )
@@ -285,23 +314,25 @@ def side_by_side(
     return KeptTokens(kept, tokens, lift, scale)
 
 
-def _lift(problem: HeadProblem, statistics: Statistics, cotangents: Cotangents) -> Tensor:
+def _lift(
+    problem: HeadProblem, of_rows: RowCotangents, log_prob: Tensor, cotangents: Cotangents
+) -> Tensor:
     """float16 has too little range for the gradients of logits: what to multiply them by.
 
     The largest there may be is brought near 2**14, and what comes of them is divided by the same
-    power.
+    power. Rows that take no part have no say, whatever is in them.
     """
-    d_lse, d_target, d_sum, d_entropy = cotangents
-    if d_lse.is_meta:  # as in like_or
-        return d_lse.new_empty(())
-    largest = d_lse.abs()
-    if d_entropy is not None:  # -p log p is at most 1 / e
-        largest = (d_lse - d_entropy * statistics.entropy).abs() + d_entropy.abs() / math.e
-    d_target = d_target.abs()
-    largest = largest + (d_target if d_target.dim() == 1 else d_target.sum(1))
-    if problem.logit_weight is not None and d_sum is not None:
-        largest = largest + d_sum.abs() * problem.logit_weight.abs().max()
-    return torch.exp2(14 - largest.amax().clamp(2.0**-100, 2.0**100).log2().ceil()).float()
+    largest = of_rows.factor.abs() * -log_prob.expm1()
+    if cotangents.entropy is not None:  # -p log p is at most 1 / e
+        largest = largest + cotangents.entropy.abs() / math.e
+    largest = torch.maximum(largest, of_rows.d_own.abs())
+    if of_rows.d_targets is not None:
+        largest = largest + of_rows.d_targets.abs().sum(1)
+    if problem.logit_weight is not None and cotangents.logit_sum is not None:
+        largest = largest + cotangents.logit_sum.abs() * problem.logit_weight.abs().max()
+    valid = problem.labels >= 0 if problem.labels.dim() == 1 else (problem.labels >= 0).any(1)
+    largest = torch.where(valid, largest, 0).amax()
+    return torch.exp2(14 - largest.clamp(2.0**-100, 2.0**100).log2().ceil()).float()
 
 
 def _by_mean_logit(problem: HeadProblem, tokens: Tokens) -> Tensor:
