@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import reference
@@ -22,6 +23,7 @@ from judging import (
     outcome,
     rounding,
 )
+from torch import Tensor
 
 import crosscut
 
@@ -34,10 +36,10 @@ pytestmark = pytest.mark.skipif(
 def drop_below(monkeypatch) -> Callable[[float], None]:
     """Sets the mass below which a block drops a class: small heads have none so small."""
     from crosscut.backends import triton
-    from crosscut.backends.triton import filtered, forward
+    from crosscut.backends.triton import column_filter, filtered, forward
 
     def drop_below(mass: float) -> None:
-        for module in (triton, filtered, forward):
+        for module in (triton, column_filter, filtered, forward):
             monkeypatch.setattr(module, "mass_unit", lambda num_classes: mass)
 
     return drop_below
@@ -112,27 +114,38 @@ def test_rows_of_popular_and_of_other_classes(rows, drop_below):
     assert error(found, true) <= 2 * error(theirs, true) + rounding(torch.bfloat16)
 
 
-def test_a_flat_softmax_gets_the_exact_gradient(drop_below):
+def test_a_flat_softmax_gets_the_exact_gradient(monkeypatch, drop_below):
+    from crosscut.backends.triton import column_filter
+
     drop_below(2.0)  # all but the labels go to the tail, which is then too heavy
     head = make_head((40, 32, 150), torch.bfloat16)
     assert kept(head, policy="filtered") < 0.2
-    assert kept(head) == 1
+    assert kept(head) > 0.95
+    # Nearly every pair is kept, and computed like any other: there is room.
+    theirs = outcome(reference.linear_cross_entropy, head)
+    true = outcome(reference.linear_cross_entropy, head.double())
+    found = ours(head)
+    for which in ("d_input", "d_weight"):
+        exact = getattr(true, which)
+        assert error(getattr(found, which), exact) <= error(getattr(theirs, which), exact)
+    # Where there is none, the exact sweep does it.
+    monkeypatch.setattr(column_filter, "MOST_KEPT", 3)
     for auto, exact in zip(ours(head)[:3], ours(head, policy="exact")[:3], strict=True):
         assert auto is not None
         assert exact is not None
         assert torch.equal(auto, exact)
 
 
-@pytest.mark.parametrize("level", range(4))
-def test_a_heavier_tail_keeps_more(monkeypatch, drop_below, level):
-    """The highest threshold whose tail is light enough, in the report and in the kernels."""
-    from crosscut.backends import triton
-    from crosscut.backends.triton import filtered
-    from crosscut.kernels.kept_pairs import THRESHOLDS, kept_pairs
+@pytest.mark.parametrize("share", [0.3, 0.03])
+def test_a_smaller_budget_keeps_more(monkeypatch, drop_below, share):
+    """Each block's own: the first threshold whose tail is light enough, in report and kernels."""
+    from crosscut.backends.triton import column_filter, filtered
+    from crosscut.kernels.kept_pairs import kept_pairs
 
     drop_below(0.3)
     head = peaked((60, 48, 190))
     true = outcome(reference.linear_cross_entropy, head.double())
+    most_left_out = ours(head, policy="filtered")
     calls = []
 
     def spy(column_mass, *others, **options):
@@ -140,28 +153,45 @@ def test_a_heavier_tail_keeps_more(monkeypatch, drop_below, level):
         return calls[-1][1]
 
     monkeypatch.setattr(filtered, "kept_pairs", spy)
-    most_left_out = ours(head, policy="filtered")
-    masses = calls[0][0].float()
-    tails = [0.3 * masses[masses < threshold].sum().item() / 60 for threshold in THRESHOLDS]
-    for module in (triton, filtered):
-        monkeypatch.setattr(module, "MAX_TAIL", 1.001 * tails[level])
+    monkeypatch.setattr(column_filter, "TAIL_SHARE", share)
     found = crosscut.gradient_sparsity(
         head.input, head.linear_weight, head.target, backend="triton"
     )
     result = ours(head)
-    pairs = calls[-1][1]
-    left_out = masses < THRESHOLDS[level]
+    masses, pairs = calls[0]
+    left_out = masses.float() < pairs.threshold[0, :, None]
     left_out[:, pairs.popular[: pairs.popular_count[0]]] = False
-    assert found.tail == pytest.approx(0.3 * masses[left_out].sum().item() / 60, rel=1e-4)
+    assert len(pairs.threshold[0].unique()) > 1  # what one block needs, another does not
+    assert found.tail == pytest.approx(0.3 * masses.float()[left_out].sum().item() / 60, rel=1e-4)
     assert found.kept == (~left_out).double().mean()
-    assert (pairs.threshold.item(), int(pairs.num_rows)) == (THRESHOLDS[level], 60)
+    assert int(pairs.num_rows) == 60
     for which in ("d_input", "d_weight"):
-        less, more = (getattr(found, which) for found in (result, most_left_out))
-        if level == 0:
-            assert torch.equal(less, more)
-        else:
-            exact = getattr(true, which)
-            assert error(less, exact) < error(more, exact)
+        exact = getattr(true, which)
+        assert error(getattr(result, which), exact) < error(getattr(most_left_out, which), exact)
+
+
+def test_tokens_without_a_gradient_have_no_say(drop_below):
+    """Neither a block that is masked, nor masked tokens in another: not in what others keep."""
+    drop_below(2.0**-9)
+    head = peaked((64, 48, 190))
+    tensors = head.input, head.linear_weight, head.target
+    weight = torch.ones(64)
+    weight[16:40] = 0  # one block and half of the next
+
+    def gradients(value: float) -> tuple[Tensor, ...]:
+        inputs = [tensor.clone().requires_grad_() for tensor in tensors[:2]]
+        with torch.no_grad():
+            inputs[0][16:40] *= value  # a flat softmax
+        loss = crosscut.linear_cross_entropy(
+            *inputs, head.target, token_weight=weight, backend="triton", reduction="sum"
+        )
+        return torch.autograd.grad(loss, inputs)
+
+    (d_hidden, d_weight), (other_hidden, other_weight) = gradients(1.0), gradients(1e-3)
+    assert (d_hidden[16:40] == 0).all()
+    assert torch.equal(d_hidden[:16], other_hidden[:16])
+    assert d_weight.isfinite().all()
+    assert other_weight.isfinite().all()
 
 
 def test_pairs_that_do_not_fit_get_the_exact_gradient(monkeypatch):
@@ -393,43 +423,55 @@ def test_labels_come_first(num_classes):
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "threshold", "blocks", "num_classes", "most_popular", "late_from", "most_late"),
+    ("num_rows", "first_level", "blocks", "num_classes", "most_popular", "late_from", "most_late"),
     [
-        (75, 1.0, 5, 700, 700, 700, 0),
-        (75, 0.5, 5, 700, 700, 700, 0),
-        (75, 0.125, 5, 700, 700, 700, 0),
-        (75, 0.0, 5, 700, 700, 700, 0),
-        (20, 1.0, 5, 700, 700, 333, 40),
-        (0, 1.0, 5, 700, 700, 700, 0),
-        (4800, 0.25, 300, 200, 200, 200, 0),
-        (60, 1.0, 4, 9000, 9000, 9000, 0),
-        (60, 1.0, 4, 9000, 128, 9000, 40),
-        (60, 1.0, 4, 9000, 9000, 8192, 40),
-        (60, 1.0, 4, 9000, 9000, 5001, 40),
-        (60, 1.0, 4, 9000, 9000, 5001, 3999),
-        (60, 0.5, 4, 40000, 128, 30000, 40),
+        (75, 0, 5, 700, 700, 700, 0),
+        (75, 14, 5, 3000, 700, 3000, 0),
+        (20, 0, 5, 700, 700, 333, 40),
+        (0, 0, 5, 700, 700, 700, 0),
+        (4800, 2, 300, 200, 200, 200, 0),
+        (60, 0, 4, 9000, 128, 9000, 40),
+        (60, 0, 4, 9000, 9000, 8192, 40),
+        (60, 0, 4, 9000, 9000, 5001, 3999),
+        (60, 2, 4, 40000, 128, 30000, 40),
     ],
 )
 def test_lists_of_kept_pairs(
-    num_rows, threshold, blocks, num_classes, most_popular, late_from, most_late
+    num_rows, first_level, blocks, num_classes, most_popular, late_from, most_late
 ):
-    from crosscut.kernels.kept_pairs import kept_pairs
+    from crosscut.kernels.kept_pairs import LEVELS, kept_pairs
     from crosscut.kernels.scratch import Scratch
 
     block_n, block_slots = 16, 32
     used = -(-num_rows // block_n)
     mass = 1.5 * torch.rand(blocks, num_classes)
     mass[torch.rand(blocks, num_classes) < torch.linspace(0, 0.9, num_classes)] = torch.inf
-    most_tail = mass[:used][mass[:used] < threshold].sum() / max(num_rows, 1)
+    # What some threshold leaves, and another from block to block; the last block has no say.
+    thresholds = 2.0 ** (-torch.arange(LEVELS) / 2)
+    tails = torch.stack([torch.where(mass < t, mass, 0).sum(1) for t in thresholds])
+    level = first_level + torch.arange(blocks) % 3
+    budget = torch.where(level < LEVELS, tails[level.clamp_max(LEVELS - 1), range(blocks)], -1)
+    fits = tails <= budget
+    threshold = torch.where(fits.any(0), thresholds[fits.int().argmax(0)], 0)
+    vectors = torch.zeros(blocks * block_n, 6)
+    of_block = torch.arange(blocks * block_n) // block_n
+    rows = torch.bincount(of_block[:num_rows], minlength=blocks).clamp_min(1)
+    vectors[:, 0] = (1.00001 * budget / rows).clamp_min(0)[of_block]  # the log-sum-exp
+    vectors[:, 1], vectors[:, 5] = -3.0, 0.25  # equal gradients
+    if used > 1:
+        vectors[(used - 1) * block_n :, 1] = 0
+        threshold[used - 1] = torch.inf
+    vectors[num_rows:] = 0
+    tokens = some_tokens(num_rows, vectors)
     found = kept_pairs(
-        mass, torch.tensor([num_rows], dtype=torch.int32), torch.empty_like(mass), Scratch(CPU),
-        block_n=block_n, num_slots=2**18, block_slots=block_slots,
-        most_tail=1.001 * float(most_tail), most_popular=most_popular, late_from=late_from,
-        most_late=most_late,
+        mass, tokens, torch.empty_like(mass), Scratch(CPU),
+        block_n=block_n, num_slots=2**18, block_slots=block_slots, most_tail=1.0,
+        most_popular=most_popular, late_from=late_from, most_late=most_late,
     )  # fmt: skip
 
-    assert found.threshold.item() == threshold
-    kept = (mass >= threshold) & (threshold > 0)  # if the tail is too heavy, none is listed
+    reached = torch.where(found.threshold[0] > 1e38, torch.inf, found.threshold[0])
+    assert torch.equal(reached[:used], threshold[:used])
+    kept = mass >= threshold[:, None]
     kept[used:] = False
     popular = ((2 * kept.sum(0) >= used) & kept.any(0)).nonzero().flatten()
     early, late = popular[popular < late_from], popular[popular >= late_from]
@@ -450,25 +492,28 @@ def test_lists_of_kept_pairs(
         assert (found.columns[end:next_block] == 0).all()
         cells = torch.bincount(classes // 64, minlength=-(-num_classes // 64)).cumsum(0)
         assert found.cell_start[block].tolist() == [first, *(first + cells).tolist()]
-        tail = torch.where((mass[block] < threshold) & (block < used), mass[block], 0)
+        tail = torch.where((mass[block] < threshold[block]) & (block < used), mass[block], 0)
         tail[popular] = 0
         assert torch.equal(found.column_mass[block], tail)
-        if threshold:
-            assert found.tail[block].item() == pytest.approx(float(tail.sum()), rel=1e-5)
+        assert found.tail[block].item() == pytest.approx(float(tail.sum()), rel=1e-5)
         first = next_block
-    filters = not num_rows or threshold > 0
-    assert (int(found.num_rows), int(found.exact_rows)) == (
-        (num_rows, -1) if filters else (-1, num_rows)
-    )
+    assert (int(found.num_rows), int(found.exact_rows)) == (num_rows, -1)
 
 
 def test_too_many_pairs_are_not_listed():
     from crosscut.kernels.kept_pairs import kept_pairs
     from crosscut.kernels.scratch import Scratch
 
-    num_rows, mass = torch.tensor([32], dtype=torch.int32), torch.full((2, 300), torch.inf)
+    mass, tokens = torch.full((2, 300), torch.inf), some_tokens(32, torch.ones(32, 6))
     found = kept_pairs(
-        mass, num_rows, torch.empty_like(mass), Scratch(CPU), block_n=16, num_slots=512,
+        mass, tokens, torch.empty_like(mass), Scratch(CPU), block_n=16, num_slots=512,
         block_slots=32, most_tail=1e9, most_popular=300, late_from=300, most_late=0,
     )  # fmt: skip
     assert (int(found.num_rows), int(found.exact_rows)) == (-1, 32)
+
+
+def some_tokens(num_rows: int, vectors: Tensor) -> Any:
+    from crosscut.kernels.softmax_gradient import Tokens
+
+    count, none = torch.tensor([num_rows], dtype=torch.int32), torch.empty(0)
+    return Tokens(count, none, none, vectors)

@@ -64,7 +64,7 @@ COUNT_CELLS, LIST_CELLS = 2, 32
 PLACE_CELLS = 8192
 SURVEY_CLASSES, SURVEYORS = 128, 512
 
-LEVELS = 8
+LEVELS = 16
 """Thresholds that a block can have. Level i keeps a pair from a mass of 2**(-i / 2) on."""
 
 ANY_MASS = tl.constexpr(3e38)
@@ -106,7 +106,7 @@ def survey_kernel(
     BLOCK_N: tl.constexpr, CLASSES: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """Program i owns a range of classes: the tails [blocks, levels, programs] they have."""
-    ROWS: tl.constexpr = 8
+    ROWS: tl.constexpr = 4
     blocks = tl.cdiv(tl.load(num_rows_ptr), BLOCK_N)
     program, programs = tl.program_id(0), tl.num_programs(0)
     level = tl.arange(0, LEVELS)

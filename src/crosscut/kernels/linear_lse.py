@@ -134,6 +134,12 @@ def share_of(program, programs, token_tiles, class_tiles, most_tiles):
 
 
 @triton.jit
+def first_own(own, first_class):
+    """The first class from ``first_class`` on that is a token's own."""
+    return tl.min(tl.where(own >= first_class, own, 2147483647), 0)
+
+
+@triton.jit
 def sweep_slice(
     hidden_ptr,
     hidden_desc,
@@ -194,6 +200,7 @@ def sweep_slice(
     steps = tl.cdiv(hidden_size, BLOCK_D)
     product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     tile, step = first_tile - 1, steps - 1
+    next_own = first_own(own, first_tile * BLOCK_V)  # few tiles have a class to be left out
     rounds = (last_tile - first_tile) * (steps if FUSED else 1)
     for _ in tl.range(0, rounds, disable_licm=True):  # frees registers
         if FUSED and hidden_desc is not None and classifier_desc is not None:
@@ -231,12 +238,11 @@ def sweep_slice(
                     ids = tl.load(class_ids_ptr + classes, mask=classes < num_classes, other=-1)
                     inside = (classes < num_classes)[None, :] & (ids[None, :] != own[:, None])
                     z = tl.where(inside, z, -float("inf"))
-                else:  # few tiles have a class that must be left out
-                    is_here = (own >= first_class) & (own < first_class + PART)
-                    if (first_class + PART > num_classes) | (tl.max(is_here.to(tl.int32), 0) > 0):
-                        inside = (classes < num_classes)[None, :]
-                        inside &= classes[None, :] != own[:, None]
-                        z = tl.where(inside, z, -float("inf"))
+                elif tl.minimum(next_own, num_classes) < first_class + PART:
+                    inside = (classes < num_classes)[None, :]
+                    inside &= classes[None, :] != own[:, None]
+                    z = tl.where(inside, z, -float("inf"))
+                    next_own = first_own(own, first_class + PART)
                 if target_logit is not None:
                     before = classes[None, :] < own[:, None]
                     ahead = tl.where(before, z >= target_logit[:, None], z > target_logit[:, None])
@@ -432,7 +438,9 @@ def combine_slices_kernel(
     odds = others - own_logit  # the logarithm of them, against the own class
     e = tl.exp(-tl.abs(odds))
     log1p = tl.where(e < 1e-5, e - e * e * 0.5, tl.log(1 + e))
-    log_prob = -(tl.maximum(odds, 0.0) + log1p)
+    finite = tl.maximum(others, own_logit)
+    finite -= finite  # 0; of infinite logits, as in PyTorch, comes a NaN
+    log_prob = finite - (tl.maximum(odds, 0.0) + log1p)
     log_rest = -(tl.maximum(-odds, 0.0) + log1p)
     rest = tl.where(odds > 0, 1.0, e) / (1 + e)  # 1 - p
     lse = tl.where(valid, tl.maximum(others, own_logit) + log1p, 0.0)

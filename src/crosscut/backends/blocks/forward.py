@@ -210,7 +210,8 @@ class _Sweep:
         tail_mass = tails.sum(0)
         for index, part, _ in self._tokens():
             mass = self.column_mass[index]
-            if (mass == KEPT).float().mean() > 0.5:
+            # An infinite logit makes its token's gradient NaN, and no one else's.
+            if (mass == KEPT).float().mean() > 0.5 or not lse[part].isfinite().all():
                 mass.fill_(KEPT)
                 tail_mass[part] = 0
                 continue
@@ -236,6 +237,7 @@ class _Sweep:
         """The log-sum-exp [R], and log-probabilities of the targets [R, K]."""
         lse = torch.logaddexp(self.others, self.own_logit)
         own_log_prob = F.logsigmoid(self.own_logit - self.others)[:, None]
+        own_log_prob += (lse - lse)[:, None]  # 0; of infinite logits, as in PyTorch, comes a NaN
         is_own = self.labels == self.own[:, None]
         log_prob = torch.where(is_own, own_log_prob, self.target_logit - lse[:, None])
         return lse, log_prob.masked_fill_(self.labels < 0, 0)
@@ -339,10 +341,12 @@ class _Sweep:
             return
         classifier, bias, hidden = factors
         classifier, hidden = classifier.to(self.logits.dtype), hidden[tokens].to(self.logits.dtype)
-        reference[tokens] += highest[tokens]
-        again = self.logits.block(classifier, bias, hidden, reference[tokens])
-        left_out = block[:, tokens] == -math.inf
-        block[:, tokens] = again.masked_fill_(left_out, -math.inf)
+        moved = reference[tokens] + highest[tokens]
+        again = self.logits.block(classifier, bias, hidden, moved)
+        again.masked_fill_(block[:, tokens] == -math.inf, -math.inf)
+        highest = torch.nan_to_num(again.amax(0), 0, 0, 0)  # what rounding has left of huge ones
+        block[:, tokens] = again.sub_(highest)
+        reference[tokens] = moved + highest
 
     def _add_to_others(
         self, sums: Tensor, reference: Tensor, part: slice, weighted: Tensor | None = None

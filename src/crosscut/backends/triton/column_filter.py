@@ -12,17 +12,17 @@ from torch import Tensor
 from crosscut.backends.protocol import HeadProblem, Statistics
 from crosscut.options import workspace_limit
 
-TAIL_SHARE = 0.1
+TAIL_SHARE = 0.15
 """Of a token's gradient that may be in the tail under ``auto``, in units of the rounding of its
 log-sum-exp, ``finfo.eps |lse|``: what PyTorch's own error in low precision comes from."""
 
-LEVELS = 8
+LEVELS = 16
 """Thresholds that a block can have: level i keeps a pair from a mass of 2**(-i / 2) on."""
 
 MOST_KEPT = 9 * 2**10
 """Pairs (block of tokens, class) of a block that there is always room for, on average."""
 
-ENTRIES_PER_TOKEN = 256
+ENTRIES_PER_TOKEN = 640
 """Entries of dC that there is room for."""
 
 POPULAR_BYTES = 3 * 2**25
@@ -37,15 +37,15 @@ LATE_BYTES = 9 * 2**22
 
 def mass_unit(num_classes: int) -> float:
     """What column masses are counted in: a class joins a block's tail when its share of what each
-    token has beside its own class, summed over the block's tokens, is below this. Or below less,
-    down to an eleventh of it, where more than TAIL_SHARE would be in the tail.
+    token has beside its own class, summed over the block's tokens, is below this. Or below a part
+    of it, where more than TAIL_SHARE would be in the tail.
 
     The fewer classes, the more is in each, and the less is a tail of such classes: less is kept for
     the same error. So it is on one model's logits over 32,064 to 262,144 of its classes; with few
     classes nothing of the kind is known.
     """
     fewer = 2**18 / num_classes if num_classes >= 2**14 else 1.0
-    return 2.0**-11.5 * fewer ** (1 / 3)
+    return 2.0**-11.5 * fewer**0.5
 
 
 def most_tail(problem: HeadProblem) -> float:
