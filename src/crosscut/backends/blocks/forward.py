@@ -98,7 +98,7 @@ def compute_statistics(problem: HeadProblem, *, filter_columns: bool, scouts: bo
         return sweep.others.new_empty(0, dtype=dtype)
 
     dtype = problem.statistics_dtype
-    wide_lse, log_prob = sweep.finish()
+    wide_lse, lse_low, log_prob = sweep.finish()
     lse = wide_lse.to(dtype)
     return Statistics(
         lse=scatter(lse),
@@ -108,7 +108,7 @@ def compute_statistics(problem: HeadProblem, *, filter_columns: bool, scouts: bo
         entropy=scatter(sweep.finish_entropy().to(dtype)) if problem.entropy else none(),
         argmax=scatter(sweep.finish_argmax()) if problem.ranks else rows[:0].clone(),
         target_rank=scatter(sweep.target_rank) if problem.ranks else rows[:0].clone(),
-        lse_low=scatter(torch.where(lse.isfinite(), wide_lse - lse, 0).to(dtype)),
+        lse_low=scatter(torch.where(lse.isfinite(), lse_low + (wide_lse - lse), 0).to(dtype)),
         column_mass=sweep.column_mass,
         tail_mass=scatter(sweep.settle_tail()) if filter_columns else none(),
     )
@@ -129,7 +129,7 @@ class _Sweep:
         zeros = torch.zeros(rows.shape, dtype=self.logits.dtype, device=rows.device)
         # Rounded once, in the end: a float32 near 10 is off by 5e-7 each time it is added to.
         self.others = torch.full_like(zeros, -math.inf, dtype=self.logits.wide)
-        self.mean_logit = torch.zeros_like(self.others)  # of the others, for the entropy
+        self.gap = torch.zeros_like(self.others)  # others less the mean logit of the others
         self.target_logit = self._indexed_matmul()  # [R, K]
         self.own = own_labels(self.labels, self.target_logit)  # [R]
         own_logit = torch.where(self.labels == self.own[:, None], self.target_logit, -math.inf)
@@ -233,14 +233,16 @@ class _Sweep:
                 self.logit_sum += (self.weight * self.problem.bias).sum()
         return self.logit_sum
 
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """The log-sum-exp [R], and log-probabilities of the targets [R, K]."""
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The log-sum-exp, what its rounding lost [R], and log-probabilities [R, K]."""
         lse = torch.logaddexp(self.others, self.own_logit)
+        highest = torch.maximum(self.others, self.own_logit)
+        low = (highest - lse) - F.logsigmoid((self.others - self.own_logit).abs())
         own_log_prob = F.logsigmoid(self.own_logit - self.others)[:, None]
         own_log_prob += (lse - lse)[:, None]  # 0; of infinite logits, as in PyTorch, comes a NaN
         is_own = self.labels == self.own[:, None]
         log_prob = torch.where(is_own, own_log_prob, self.target_logit - lse[:, None])
-        return lse, log_prob.masked_fill_(self.labels < 0, 0)
+        return lse, low, log_prob.masked_fill_(self.labels < 0, 0)
 
     def finish_entropy(self) -> Tensor:
         """``-sum_v p log p`` of each row [R]: of being one's own class or not, and of which other.
@@ -250,8 +252,7 @@ class _Sweep:
         log_odds = self.own_logit - self.others
         log_p, log_rest = F.logsigmoid(log_odds), F.logsigmoid(-log_odds)
         rest = log_rest.exp()
-        of_others = (self.others - self.mean_logit).clamp_min(0)
-        of_rest = torch.where(rest > 0, rest * (of_others - log_rest), 0)  # 0 log 0 is 0
+        of_rest = torch.where(rest > 0, rest * (self.gap.clamp_min(0) - log_rest), 0)  # 0 log 0 = 0
         return of_rest - torch.where(log_p > -math.inf, log_p.exp() * log_p, 0)
 
     def finish_argmax(self) -> Tensor:
@@ -333,7 +334,9 @@ class _Sweep:
         Far above it; or on either side, as long as nothing is known of the others.
         """
         highest = block.amax(0)
-        far = FAR if self.logits.fast != self.logits.dtype else OVERFLOW
+        # An entropy is a difference of two numbers that grow with the distance.
+        rounds = self.logits.fast != self.logits.dtype or self.problem.entropy
+        far = FAR if rounds else OVERFLOW
         unknown = self.others[part] == -math.inf
         wrong = (highest > far) | (unknown & (highest < -far))
         tokens = (wrong & highest.isfinite()).nonzero().squeeze(1)
@@ -358,9 +361,12 @@ class _Sweep:
         block_lse = reference.to(self.others) + sums.log()
         others = torch.logaddexp(self.others[part], block_lse)
         if weighted is not None:
-            mean, block_mean = self.mean_logit[part], reference + weighted / sums
-            moved = mean + (block_lse - others).exp() * (block_mean - mean)
-            self.mean_logit[part] = torch.where(sums > 0, moved, mean)
+            log_odds, gap = block_lse - self.others[part], self.gap[part]
+            log_share, log_rest = F.logsigmoid(log_odds), F.logsigmoid(-log_odds)
+            block_gap = sums.log() - weighted / sums
+            new = log_share.exp() * (block_gap - log_share) + log_rest.exp() * (gap - log_rest)
+            new = torch.where(log_odds == math.inf, block_gap, new)  # the first block
+            self.gap[part] = torch.where(sums > 0, new, gap)
         self.others[part] = others
         finite = others.isfinite()
         self.reference[part] = torch.where(finite, others.to(reference), self.reference[part])
