@@ -1,11 +1,11 @@
-"""What each threshold of the kept pairs keeps on a GPU, its error and its time, by flatness.
+"""What a smaller budget for the tail keeps on a GPU, its error and its time, by flatness.
 
     python benchmarks/thresholds.py gemma2-2b:8192:0.9 > benchmarks/results/threshold-h100.txt
 
-A head is MODEL:TOKENS:LOGITS_TIMES. ``auto`` takes the highest threshold that leaves at most
-MAX_TAIL; here each is forced in turn, whatever its tail, with room for a quarter of all pairs, or
-2 GiB of them. What keeps more is the exact gradient, and has its errors. Errors of dH and dC
-against float32, times over the bare logits matmul, run in between.
+A head is MODEL:TOKENS:LOGITS_TIMES. Under ``auto`` a block of tokens may leave TAIL_SHARE to its
+tail; here it is given more and less, with room for a quarter of all pairs, or 2 GiB of them. What
+keeps more is the exact gradient, and has its errors. Errors of dH and dC against float32, times
+over the bare logits matmul, run in between.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 import crosscut
+from crosscut.backends.triton import column_filter
 from crosscut.bench import measure, real_head, results, truth, workloads
 from crosscut.bench.progress import Silent
-from crosscut.kernels import kept_pairs
 from crosscut.options import GradientPolicy
 
 REPEATS = 5
@@ -57,16 +57,14 @@ def study(workload: workloads.Workload) -> None:
             flush=True,
         )
 
-    thresholds, limit = kept_pairs.THRESHOLDS, crosscut.workspace_limit()
+    share, limit = column_filter.TAIL_SHARE, crosscut.workspace_limit()
     crosscut.set_workspace_limit(ROOM)
-    for threshold in thresholds:
-        kept_pairs.THRESHOLDS = (threshold,)
-        sparsity = crosscut.gradient_sparsity(
-            hidden, classifier, workload.labels, policy="filtered"
-        )
-        name = f"{threshold:<5} kept {sparsity.kept:7.2%} tail {sparsity.tail:6.2%}"
-        line(name, call("filtered"))
-    kept_pairs.THRESHOLDS = thresholds
+    for times in (4, 2, 1, 0.5, 0.25):
+        column_filter.TAIL_SHARE = share * times
+        sparsity = crosscut.gradient_sparsity(hidden, classifier, workload.labels)
+        name = f"x{times:<5} kept {sparsity.kept:7.2%} tail {sparsity.tail:6.2%}"
+        line(name, call("auto"))
+    column_filter.TAIL_SHARE = share
     crosscut.set_workspace_limit(limit)
     line("exact", call("exact"))
 

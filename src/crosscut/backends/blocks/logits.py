@@ -15,6 +15,9 @@ from torch import Tensor
 
 from crosscut.backends.protocol import HeadProblem
 
+WIDE_BIAS = 8.0
+"""Biases this far apart want full precision: where one logit's product is, another's is not."""
+
 NEGLIGIBLE = -1e4
 """The logarithm of a softmax that is 0 in every dtype: stands for -inf, where 0 * inf would be."""
 
@@ -39,6 +42,12 @@ def _has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return True
+
+
+def _finite_range(bias: Tensor) -> tuple[float, float]:
+    """Of the biases that are finite; 0 and 0 where none is."""
+    finite = bias[bias.isfinite()]
+    return (finite.min().item(), finite.max().item()) if len(finite) else (0.0, 0.0)
 
 
 def check_labels(problem: HeadProblem) -> None:
@@ -111,6 +120,12 @@ class LogitBlocks:
         self.scale = problem.options.logit_scale
         self.softcap = problem.options.softcap
         self._plain = self.scale == 1 and self.softcap is None and problem.bias is None
+        self._bias = 0.0  # that of most classes
+        if problem.bias is not None and self.fast != self.dtype:
+            lowest, highest = _finite_range(problem.bias)
+            self._bias = (lowest + highest) / 2
+            if highest - lowest > WIDE_BIAS:
+                self.fast = self.dtype
 
     def block(
         self,
@@ -158,11 +173,11 @@ class LogitBlocks:
         return slope.clamp_min_(0)  # a logit may be rounded to more than the softcap
 
     def _before_softcap(self, logit: Tensor) -> Tensor:
-        """The dot product whose logit this is, bias aside: where rounding should be finest.
+        """The dot product whose logit this is: where rounding should be finest.
 
         Not further than 0.97 softcaps: beyond, the slope of the softcap shrinks every error, and
         a log-sum-exp near the softcap says nothing of where the dot products are.
         """
         if self.softcap is not None:
             logit = self.softcap * torch.atanh((logit / self.softcap).clamp(-0.75, 0.75))
-        return logit / self.scale if self.scale else torch.zeros_like(logit)
+        return (logit - self._bias) / self.scale if self.scale else torch.zeros_like(logit)
