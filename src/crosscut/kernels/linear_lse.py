@@ -236,12 +236,11 @@ def sweep_slice(
                     slope = slope_of(z, softcap)
                 if class_ids_ptr is not None:
                     ids = tl.load(class_ids_ptr + classes, mask=classes < num_classes, other=-1)
-                    inside = (classes < num_classes)[None, :] & (ids[None, :] != own[:, None])
-                    z = tl.where(inside, z, -float("inf"))
+                    counts = (classes < num_classes)[None, :] & (ids[None, :] != own[:, None])
+                    z = tl.where(counts, z, -float("inf"))
                 elif tl.minimum(next_own, num_classes) < first_class + PART:
-                    inside = (classes < num_classes)[None, :]
-                    inside &= classes[None, :] != own[:, None]
-                    z = tl.where(inside, z, -float("inf"))
+                    counts = (classes < num_classes)[None, :] & (classes[None, :] != own[:, None])
+                    z = tl.where(counts, z, -float("inf"))
                     next_own = first_own(own, first_class + PART)
                 if target_logit is not None:
                     before = classes[None, :] < own[:, None]
