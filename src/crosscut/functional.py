@@ -248,8 +248,7 @@ def linear_log_probs(
 
 def log_probs_of(problem: HeadProblem, found: Statistics) -> Tensor:
     """Log-probabilities of the labels, in their shape, 0 where there is none."""
-    lse = found.lse if problem.labels.dim() == 1 else found.lse[:, None]
-    return torch.where(problem.labels >= 0, found.target_logit - lse, 0)
+    return torch.where(problem.labels >= 0, found.log_prob, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
