@@ -24,7 +24,7 @@ FACTOR = 2.0
 DRAWS, DEVIATIONS = 16, 5
 """PyTorch's error is the mean over so many draws and so many standard deviations, or the largest.
 
-These are of the error of the whole, a norm: of many numbers it has hardly a deviation.
+A norm of many numbers hardly deviates; a single number does.
 """
 
 
@@ -206,42 +206,82 @@ def judge(
             ``double`` and ``redrawn`` of :class:`Head`.
     """
     true = truth_of(theirs, head, **options)
-    first = errors(outcome(theirs, head, **options), true)
+    first = errors_of_rows(outcome(theirs, head, **options), true)
     found = outcome(ours, head, **options)
-    expected = functools.cache(functools.partial(_expected, theirs, head, options, first))
+    off = errors_of_rows(found, true)
+    draws = _Draws(theirs, head, options, first)
     assert found.loss.dtype == torch.promote_types(head.input.dtype, torch.float32)
     for name, value, exact in pairs(found, true):
         assert name == "loss" or value.dtype == head.input.dtype, name
         assert value.shape == exact.shape, name
-        off, least = error(value, exact), rounding(value.dtype)
-        if off <= factor * first[name] + least:
-            continue  # one draw is no more than all of them
-        allowed = factor * expected()[name] + least
-        assert off <= allowed, f"{name}: error {off:.2e}, allowed {allowed:.2e}"
+        sizes = _norms(exact, name, value.dtype)
+        least = rounding(value.dtype) * sizes / (sizes.norm() if sizes.any() else 1)
+        for count in (1, 4, DRAWS):  # few say that a call is right; that it is wrong takes many
+            complaint = _complaint(off[name], draws.errors(name, count), least, factor)
+            if not complaint:
+                break
+        assert not complaint, f"{name}: {complaint}"
 
 
-def errors(found: Outcome, true: Outcome) -> dict[str, float]:
-    """How far everything is from the truth."""
-    return {name: error(value, exact) for name, value, exact in pairs(found, true)}
+def errors_of_rows(found: Outcome, true: Outcome) -> dict[str, Tensor]:
+    """Distance of each row of everything from the truth, relative to the norm of all of it."""
+    errors = {}
+    for name, value, exact in pairs(found, true):
+        norm = exact.double().norm()
+        rows = _norms(value.double() - exact.double(), name, value.dtype)
+        errors[name] = rows / (norm if norm > 0 else 1.0)
+    return errors
 
 
-def _expected(
-    theirs: LossFn, head: Head, options: dict[str, Any], first: dict[str, float]
-) -> dict[str, float]:
-    """What is expected of PyTorch's errors, of which one call's are known."""
-    draws = [first]
-    for seed in range(1, DRAWS):
-        given = _each(options, lambda other, seed=seed: other.redrawn(seed))
-        drawn = head.redrawn(seed)
-        true = truth_of(theirs, drawn, **given)
-        draws.append(errors(outcome(theirs, drawn, **given), true))
-    return {name: expected_error([one[name] for one in draws]) for name in first}
+def _norms(values: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """Of the rows: of a token's, or a class's, gradient; of a single loss and its like.
+
+    In float64, whose truth is no more exact than what is judged, of all that there is.
+    """
+    if dtype == torch.float64:
+        return values.norm()[None]
+    width = values.shape[-1] if name in ("d_input", "d_weight") else 1
+    return values.double().reshape(-1, width).norm(dim=1)
 
 
-def expected_error(draws: list[float]) -> float:
-    """Of the errors of several draws, the most that is to be expected of another."""
-    found = torch.tensor(draws, dtype=torch.float64)
-    return torch.maximum(found.mean() + DEVIATIONS * found.std(), found.max()).item()
+class _Draws:
+    """PyTorch's errors on draws of a call's inputs; of the call itself first."""
+
+    def __init__(
+        self, theirs: LossFn, head: Head, options: dict[str, Any], first: dict[str, Tensor]
+    ) -> None:
+        self._call = theirs, head, options
+        self._errors = [first]
+
+    def errors(self, name: str, count: int) -> Tensor:
+        """Of ``count`` draws: [count, rows]."""
+        theirs, head, options = self._call
+        while len(self._errors) < count:
+            seed = len(self._errors)
+            drawn = head.redrawn(seed)
+            given = _each(options, lambda other, seed=seed: other.redrawn(seed))
+            true = truth_of(theirs, drawn, **given)
+            self._errors.append(errors_of_rows(outcome(theirs, drawn, **given), true))
+        return torch.stack([errors[name] for errors in self._errors[:count]])
+
+
+def _complaint(off: Tensor, draws: Tensor, least: Tensor, factor: float) -> str:
+    """What is further off than it may be, given PyTorch's errors [draws, rows]: all, or a row."""
+    allowed = factor * expected_error(draws.norm(dim=1)) + least.norm()
+    if not off.norm() <= allowed:
+        return f"error {off.norm():.2e}, allowed {allowed:.2e}"
+    each = expected_error(draws)
+    limits = factor * (each + each.square().mean().sqrt()) + least
+    if not (off <= limits).all():
+        row = int((off / limits).argmax())
+        return f"row {row}: error {off[row]:.2e}, allowed {limits[row]:.2e}"
+    return ""
+
+
+def expected_error(draws: Tensor) -> Tensor:
+    """Of the errors [draws, ...], the most that is to be expected of another draw."""
+    spread = draws.std(0) if len(draws) > 1 else 0.0
+    return torch.maximum(draws.mean(0) + DEVIATIONS * spread, draws.amax(0))
 
 
 def assert_as_accurate_as_pytorch(head: Head, *, factor: float = FACTOR, **options: Any) -> None:

@@ -49,3 +49,21 @@ def test_what_rounds_more_is_refused(dtype, reduction):
     judge(drawn, reference.linear_cross_entropy, head, reduction=reduction)
     with pytest.raises(AssertionError, match=r"^(loss|d_input): error .* allowed"):
         judge(in_eight_bits, reference.linear_cross_entropy, head, reduction=reduction)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["d_input", "d_weight"])
+def test_every_row_counts(which):
+    """Also the smallest, which the norm of all does not show to be missing."""
+    head = make_head((33, 17, 201), torch.bfloat16)
+    gradient = outcome(reference.linear_cross_entropy, head)[1 + which]
+    for row in gradient.double().norm(dim=1).topk(3, largest=False).indices:
+
+        def without(*tensors: Tensor, row: Tensor = row, **options: Any) -> Tensor:
+            leaves = list(tensors[:2])
+            found = leaves[which].clone()
+            found[row] = leaves[which][row].detach()
+            leaves[which] = found
+            return reference.linear_cross_entropy(*leaves, tensors[2], **options)
+
+        with pytest.raises(AssertionError, match=f"row {row}: "):
+            judge(without, reference.linear_cross_entropy, head)

@@ -59,6 +59,9 @@ CALLS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.interpreted(
+    when=lambda dtype, call: dtype == torch.bfloat16 and call == CALLS["both, everything"]
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_as_by_hand(backend, make, dtype, call):
