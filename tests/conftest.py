@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import hypothesis
 import pytest
 import torch
-from interpreter import round_to_bfloat16
-from judging import Head, make_head
+from support.interpreter import round_to_bfloat16
+from support.judging import Head, make_head
 from torch import Tensor
 
 from crosscut import backends

@@ -27,7 +27,7 @@ from typing import Any
 import huggingface_zoo as zoo
 import torch
 from huggingface_zoo import Entry
-from judging import FACTOR, rounding
+from support.judging import FACTOR, rounding
 from torch import Tensor, nn
 
 import crosscut

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import RealHead
-from judging import error
+from support.judging import error
 from torch import Tensor
 
 import crosscut

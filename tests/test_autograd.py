@@ -11,11 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
-from judging import Head, assert_as_accurate_as_pytorch, error, make_head, outcome, pairs
-from test_filter import sparse_head, sparsity
+from support import reference
+from support.heads import sparse_head, sparsity
+from support.judging import Head, assert_as_accurate_as_pytorch, error, make_head, outcome, pairs
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

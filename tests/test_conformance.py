@@ -10,9 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import reference
 import torch
-from judging import (
+from support import reference
+from support.heads import skip_if_not_served
+from support.judging import (
     Head,
     assert_as_accurate_as_pytorch,
     cotangents,
@@ -21,11 +22,11 @@ from judging import (
     rounding,
     truth,
 )
-from judging import judge as judge_any
+from support.judging import judge as judge_any
 from torch import Tensor
 
 import crosscut
-from crosscut.options import POLICIES, GradientPolicy
+from crosscut.options import POLICIES
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 PAPER_POLICIES = [policy for policy in POLICIES if policy.startswith("cce")]
@@ -115,16 +116,6 @@ def judge(backend: str, head: Head, *, factor: float = 2.0, **options: Any) -> N
 def head_of(input: Tensor, weight: Tensor, target: Tensor, dtype: torch.dtype, device: str) -> Head:
     """A head from its parts."""
     return Head(input.to(device, dtype), weight.to(device, dtype).contiguous(), target.to(device))
-
-
-def skip_if_not_served(backend: str, head: Head, policy: GradientPolicy) -> None:
-    """Skip the test if the backend objects to such a call."""
-    objection = crosscut.explain(
-        head.input, head.linear_weight, head.target, linear_bias=head.linear_bias,
-        policy=policy, backend=backend,
-    ).verdicts[backend]  # fmt: skip
-    if objection:
-        pytest.skip(f"{backend}: {objection}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from judging import error, rounding
+from support.judging import error, rounding
 from test_huggingface import BIAS, FLAT, IDS, MASK, B, D, Doubled, T, V, ce, head, hidden_states
 from torch import Tensor
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from judging import error, rounding
+from support.judging import error, rounding
 from torch import Tensor, nn
 
 from crosscut.integrations.huggingface import DeferredLinear, materialize

@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import judging
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
 from conftest import DEVICES, INTERPRETED, RealHead
-from judging import Head, cotangents, error, make_head, outcome, pairs, rounding
-from test_memory import CLASSES, MIB, TOKENS, WORKSPACE, head_of, peak
+from support import judging, reference
+from support.judging import Head, cotangents, error, make_head, outcome, pairs, rounding
+from support.memory import CLASSES, MIB, TOKENS, WORKSPACE, head_of, peak
 from torch import Tensor
 
 import crosscut

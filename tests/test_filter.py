@@ -11,50 +11,25 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
-import reference
 import torch
-from judging import Head, assert_as_accurate_as_pytorch, error, make_head, outcome, pairs, truth
+from support import reference
+from support.heads import UNWANTED, WANTED, sparse_head, sparsity
+from support.judging import (
+    Head,
+    assert_as_accurate_as_pytorch,
+    error,
+    make_head,
+    outcome,
+    pairs,
+    truth,
+)
 from torch import Tensor
 
 import crosscut
 from crosscut.backends.blocks.forward import DROP_BELOW
 
-WANTED = 200
-"""Classes with a bias of 0; the others have one of UNWANTED."""
-
-UNWANTED = -11.0
-
 EXACT = 1e-12
 """Relative rounding error of sums in float64, generously."""
-
-
-def sparse_head(
-    batch: int | tuple[int, ...],
-    hidden_size: int = 24,
-    num_classes: int = 6000,
-    *,
-    dtype: torch.dtype = torch.float64,
-    unwanted: float = UNWANTED,
-    ignored: float = 0.0,
-) -> Head:
-    """A head whose classes from WANTED on have a tiny softmax, structured like the hidden states.
-
-    The hidden states have a common part, as those of real text: the tail then looks alike in
-    every token, and a rank-one matrix is a good stand-in.
-    """
-    head = make_head((batch, hidden_size, num_classes), dtype, bias=True, ignored=ignored)
-    assert head.linear_bias is not None
-    gen = torch.Generator().manual_seed(1)
-    common = 1.5 * torch.randn(hidden_size, generator=gen, dtype=torch.float64).to(dtype)
-    bias = torch.full_like(head.linear_bias, unwanted)
-    bias[:WANTED] = 0
-    target = torch.where(head.target == -100, -100, head.target % WANTED)
-    return Head(
-        input=head.input * 0.2 + common,
-        linear_weight=head.linear_weight * 0.5,
-        target=target,
-        linear_bias=bias,
-    )
 
 
 def identity_head(tokens: int, num_classes: int = 6000, *, unwanted: float = UNWANTED) -> Head:
@@ -65,13 +40,6 @@ def identity_head(tokens: int, num_classes: int = 6000, *, unwanted: float = UNW
         linear_weight=source.linear_weight @ source.input.t(),
         target=source.target,
         linear_bias=source.linear_bias,
-    )
-
-
-def sparsity(head: Head, **options: Any) -> crosscut.GradientSparsity:
-    options.setdefault("policy", "filtered")
-    return crosscut.gradient_sparsity(
-        head.input, head.linear_weight, head.target, linear_bias=head.linear_bias, **options
     )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import reference
 import torch
-from judging import (
+from support import reference
+from support.judging import (
     Head,
     LossFn,
     assert_as_accurate_as_pytorch,

@@ -19,7 +19,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from judging import error, rounding
+from support.judging import error, rounding
 from torch import Tensor, nn
 
 import crosscut

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from judging import FACTOR, error, rounding
+from support.judging import FACTOR, error, rounding
 
 pytest.importorskip("transformers")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from judging import FACTOR, error, rounding
+from support.judging import FACTOR, error, rounding
 from torch import Tensor, nn
 
 import crosscut

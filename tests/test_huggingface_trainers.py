@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from judging import FACTOR, error, rounding
+from support.judging import FACTOR, error, rounding
 from torch import Tensor
 
 import crosscut

@@ -7,13 +7,13 @@ from functools import partial
 from typing import Any
 
 import pytest
-import reference
 import torch
 from conftest import RealHead
-from judging import Head, cotangents, error, judge, make_head, outcome, pairs, rounding
-from test_conformance import skip_if_not_served
-from test_filter import sparse_head
-from test_memory import MIB, TOKENS, WORKSPACE, head_of, peak
+from support import reference
+from support.heads import skip_if_not_served, sparse_head
+from support.judging import Head, cotangents, error, judge, make_head, outcome, pairs, rounding
+from support.memory import MIB, TOKENS, WORKSPACE, head_of, peak
+from support.reference import entropy_of, reference_entropy, reference_log_probs, shifted
 from torch import Tensor
 
 import crosscut
@@ -26,46 +26,6 @@ HEADS: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 2.5},
     "shift": {"shift": 1},
 }
-
-
-def tempered(input: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
-    """The reference's logits over the temperature."""
-    temperature = options.pop("temperature", 1.0)
-    return reference.logits(input, weight, bias, **options) / temperature
-
-
-def entropy_of(z: Tensor) -> Tensor:
-    log_p = z.log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1)
-
-
-def shifted(values: Tensor, shift: int) -> Tensor:
-    """What is said of position t, at t + shift."""
-    values = values.roll(shift, 1)
-    return values if not shift else values.index_fill(1, torch.arange(shift).to(values.device), 0)
-
-
-def reference_entropy(
-    input: Tensor, weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
-    shift: int = 0, **options: Any,
-) -> Tensor:  # fmt: skip
-    entropy = entropy_of(tempered(input, weight, linear_bias, **options))
-    return torch.where(target != -100, shifted(entropy, shift) if shift else entropy, 0)
-
-
-def reference_log_probs(
-    input: Tensor, weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
-    shift: int = 0, **options: Any,
-) -> Tensor:  # fmt: skip
-    """The log-probabilities of target ``[B, T]`` or ``[B, T, K]``."""
-    log_p = tempered(input, weight, linear_bias, **options).log_softmax(-1)
-    log_p = shifted(log_p, shift) if shift else log_p
-    several = target if target.dim() == input.dim() else target[..., None]
-    found = log_p.gather(-1, several.clamp_min(0)).masked_fill(several == -100, 0)
-    found = found if target.dim() == input.dim() else found[..., 0]
-    if not shift:
-        return found
-    return found.index_fill(1, torch.arange(shift).to(found.device), 0)
 
 
 def entropy(input: Tensor, weight: Tensor, target: Tensor, **options: Any) -> Tensor:

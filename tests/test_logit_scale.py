@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
-from judging import DRAWS, FACTOR, Head, error, expected_error, make_head, rounding
+from support import reference
+from support.judging import DRAWS, FACTOR, Head, error, expected_error, make_head, rounding
 from torch import Tensor
 
 import crosscut

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from judging import Head, judge, make_head
-from test_log_probs import entropy_of, reference_log_probs, tempered
+from support.judging import Head, judge, make_head
+from support.reference import entropy_of, reference_log_probs, tempered
 from torch import Tensor
 
 import crosscut

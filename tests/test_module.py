@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from judging import make_head, outcome, pairs
+from support.judging import make_head, outcome, pairs
 
 import crosscut
 

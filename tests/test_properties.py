@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from judging import Head, error, make_head, outcome, pairs
+from support.judging import Head, error, make_head, outcome, pairs
 from torch import Tensor
 
 import crosscut

@@ -11,7 +11,7 @@ import typing
 
 import pytest
 import torch
-from judging import make_head
+from support.judging import make_head
 
 import crosscut
 from crosscut.backends import NAMES

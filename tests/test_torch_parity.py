@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from judging import Head, LossFn, judge, make_head, outcome
+from support.judging import Head, LossFn, judge, make_head, outcome
 from torch import Tensor
 
 import crosscut

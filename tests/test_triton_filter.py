@@ -11,10 +11,10 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
-import reference
 import torch
 from conftest import INTERPRETED
-from judging import (
+from support import reference
+from support.judging import (
     Head,
     Outcome,
     assert_as_accurate_as_pytorch,

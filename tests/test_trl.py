@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICES
-from judging import FACTOR, cotangents, error, make_head, rounding
+from support.judging import FACTOR, cotangents, error, make_head, rounding
 from torch import Tensor
 
 import crosscut

@@ -6,9 +6,9 @@ from functools import partial
 from typing import Any
 
 import pytest
-import reference
 import torch
-from judging import Head, error, judge, make_head, outcome, rounding
+from support import reference
+from support.judging import Head, error, judge, make_head, outcome, rounding
 from torch import Tensor
 
 import crosscut

@@ -42,7 +42,7 @@ def main() -> int:
     if options.mode == "interpreter":
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
         warnings.simplefilter("ignore")  # it computes in NumPy, which warns of what overflows
-        from interpreter import round_to_bfloat16
+        from support.interpreter import round_to_bfloat16
 
         round_to_bfloat16()
     return run(options)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 
-import reference
 import torch
 import torch.nn.functional as F
+from support import reference
 from torch import Tensor
 
 from fuzz.dense import policy_loss

@@ -6,6 +6,8 @@ says how accurate the loss has to be in that dtype.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,3 +64,43 @@ def linear_cross_entropy(
     if reduction == "sum":
         return loss.sum()
     return loss.sum() / (kept.sum() if weight is None else weight[predicted[kept].long()].sum())
+
+
+def tempered(input: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
+    """The reference's logits over the temperature."""
+    temperature = options.pop("temperature", 1.0)
+    return logits(input, weight, bias, **options) / temperature
+
+
+def entropy_of(z: Tensor) -> Tensor:
+    log_p = z.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def shifted(values: Tensor, shift: int) -> Tensor:
+    """What is said of position t, at t + shift."""
+    values = values.roll(shift, 1)
+    return values if not shift else values.index_fill(1, torch.arange(shift).to(values.device), 0)
+
+
+def reference_entropy(
+    input: Tensor, weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
+    shift: int = 0, **options: Any,
+) -> Tensor:  # fmt: skip
+    entropy = entropy_of(tempered(input, weight, linear_bias, **options))
+    return torch.where(target != -100, shifted(entropy, shift) if shift else entropy, 0)
+
+
+def reference_log_probs(
+    input: Tensor, weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
+    shift: int = 0, **options: Any,
+) -> Tensor:  # fmt: skip
+    """The log-probabilities of target ``[B, T]`` or ``[B, T, K]``."""
+    log_p = tempered(input, weight, linear_bias, **options).log_softmax(-1)
+    log_p = shifted(log_p, shift) if shift else log_p
+    several = target if target.dim() == input.dim() else target[..., None]
+    found = log_p.gather(-1, several.clamp_min(0)).masked_fill(several == -100, 0)
+    found = found if target.dim() == input.dim() else found[..., 0]
+    if not shift:
+        return found
+    return found.index_fill(1, torch.arange(shift).to(found.device), 0)

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, NamedTuple
 
-import reference
 import torch
 from torch import Tensor
 
 import crosscut
+from support import reference
 
 FACTOR = 2.0
 """How many times PyTorch's own error an error may be."""
