@@ -268,6 +268,18 @@ def test_of_a_teacher_that_is_itself(divergence):
     assert found.d_weight.norm() <= eps * head.input.norm()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_of_one_class(divergence, dtype):
+    """There is nothing to diverge in, wherever the two logits are."""
+    head = make_head((40, 8, 1), dtype)
+    head = replace(head, input=head.input * 6)
+    teacher = make_teacher((40,), 8, 1, dtype)
+    teacher = replace(teacher, input=teacher.input * 6)
+    found = outcome(ours, head, teacher=teacher, divergence=divergence, backend="blocks")
+    assert not any(value.any() for value in found if value is not None)
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_teacher_in_another_dtype(divergence):
     head = make_head((40, 8, 300), torch.float32, bias=True)
@@ -652,18 +664,19 @@ class TestTopK:
         )
         assert found.isposinf().all()
 
+    @pytest.mark.parametrize("device", DEVICES)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("scale", [1.0, 12.0], ids=["", "sure"])
-    def test_the_tail_across_blocks(self, dtype, scale):
+    def test_the_tail_across_blocks(self, dtype, scale, device):
         """As accurate as PyTorch, of the same rest; with a softcap, a scale and a temperature."""
-        head = make_head(((2, 260), 16, 4400), dtype, bias=True)
+        head = make_head(((2, 260), 16, 4400), dtype, bias=True, device=device)
         head = replace(head, linear_weight=head.linear_weight * scale)
         options: dict[str, Any] = {"softcap": 15.0 * scale, "logit_scale": 0.9}
         z = reference.logits(head.input, head.linear_weight, head.linear_bias, **options)
         index = z.topk(4).indices
         index[0, 3:9, 1:] = -100
         index[1, ::3] = -100
-        prob = torch.rand(index.shape).softmax(-1) * 0.9
+        prob = torch.rand(index.shape).to(device).softmax(-1) * 0.9
         head = replace(head, target=index)
 
         def ours(input: Tensor, weight: Tensor, target: Tensor, **bias: Any) -> Tensor:

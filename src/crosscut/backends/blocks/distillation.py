@@ -59,6 +59,8 @@ def compute_divergences(problem: DistillationProblem) -> Divergences:
     mean_gap, center = zeros.clone(), zeros.clone()
     hard_lse = torch.full_like(zeros, -math.inf)
     _look_ahead(problem, student, teacher)
+    student.begin()
+    teacher.begin()
     for classes in student.class_blocks():
         c, teacher_c = student.classifier(classes), teacher.classifier(classes)
         for part in student.parts():
@@ -79,7 +81,7 @@ def compute_divergences(problem: DistillationProblem) -> Divergences:
             gap = (a - b).masked_fill_(weight == 0, 0)  # of what cannot be, inf - inf
             sums = weight.sum(0)
             block_gap = gap.mul_(weight).sum(0).div_(sums).to(zeros)
-            block_gap += this.reference[part] - other.reference[part]
+            block_gap += this.reference[part].to(zeros) - other.reference[part]
             share = this.add(a, part)
             other.add(b, part)
             moved = mean_gap[part] + share * (block_gap - mean_gap[part])
@@ -88,9 +90,9 @@ def compute_divergences(problem: DistillationProblem) -> Divergences:
     if problem.divergence == "js":
         divergence, center = _mixture(problem, student, teacher)
     elif problem.divergence == "forward":
-        divergence = mean_gap - teacher.lse + student.lse
+        divergence = mean_gap - (teacher.lse - student.lse)
     else:
-        divergence = center = mean_gap - student.lse + teacher.lse
+        divergence = center = mean_gap - (student.lse - teacher.lse)
 
     def scatter(values: Tensor) -> Tensor:
         dtype = problem.student.statistics_dtype
@@ -149,13 +151,8 @@ def compute_rest(problem: HeadProblem) -> tuple[Tensor, Tensor]:
     check_labels(problem)
     rows = problem.rows
     side, labels = _Side(problem, rows), problem.labels[rows]
-    blocks = list(side.class_blocks())
-    # In low precision the first block only says where the others' logits are: near there it rounds
-    # least.
-    scouts = blocks[:1] if side.logits.fast != side.logits.dtype else []
-    for index, classes in enumerate(scouts + blocks):
-        if index == len(scouts):
-            side.lse.fill_(-math.inf)
+    side.begin(labels)
+    for classes in side.class_blocks():
         c = side.classifier(classes)
         for part in side.parts():
             z = side.block(classes, c, part)
@@ -299,6 +296,22 @@ class _Side:
         center = None if self.center is None else self.center[part]
         hidden = self.hidden(part)
         return self.logits.block(classifier, bias, hidden, self.reference[part], center)
+
+    def begin(self, without: Tensor | None = None) -> None:
+        """Have the first block made relative to its own log-sum-exp and not to 0.
+
+        Differences of logits then are rounded to a share of what matters, wherever the logits are.
+
+        Args:
+            without: labels [R, K] that do not count.
+        """
+        classes = next(self.class_blocks())
+        c = self.classifier(classes)
+        for part in self.parts():
+            block = self.block(classes, c, part)
+            if without is not None:
+                block[_find_all(classes, len(c), without[part])[:2]] = -math.inf
+            self.reference[part] = _finite(block.logsumexp(0))
 
     def add(self, block: Tensor, part: slice) -> Tensor:
         """Add a block to the log-sum-exp; its share of the softmax so far, [n]."""
