@@ -406,7 +406,17 @@ LOSS_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weight is no tensor": (
         {"weight": [1.0] * 5},
         TypeError,
-        "weight must be a Tensor or None, got list",
+        "weight must be a Tensor, got list",
+    ),
+    "sparse class weights": (
+        {"weight": zeros(5).to_sparse()},
+        TypeError,
+        "weight must be a dense tensor, got torch.sparse_coo",
+    ),
+    "sparse token weights": (
+        {"token_weight": zeros(3).to_sparse()},
+        TypeError,
+        "token_weight must be a dense tensor, got torch.sparse_coo",
     ),
     "weight of another length": (
         {"weight": zeros(4)},

@@ -35,16 +35,22 @@ def differentiate(loss_fn: Any, head: Head, scale: Tensor, **options: Any) -> li
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+    ("dtype", "of_scale"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("of_scale", [None, torch.float32], ids=["", "float32"])
-@pytest.mark.parametrize("scale", [0.1, 1.7])
-def test_as_accurate_as_pytorch(backend, make, dtype, of_scale, scale):
+def test_as_accurate_as_pytorch(backend, make, dtype, of_scale):
     if backend == "triton" and dtype == torch.float64:
         pytest.skip("triton: needs bfloat16, float16 or float32")
     options: dict[str, Any] = {"softcap": 20.0, "backend": backend}
     head = make((60, 32, 150), dtype, bias=True, ignored=0.2)
-    factor = torch.tensor(scale, dtype=of_scale or dtype, device=head.input.device)
+    factor = torch.tensor(1.7, dtype=of_scale, device=head.input.device)
     ours = differentiate(crosscut.linear_cross_entropy, head, factor, **options)
     draws, true = [], []
     for drawn in (*(head.redrawn(seed) for seed in range(1, DRAWS)), head):

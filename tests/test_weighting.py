@@ -190,7 +190,7 @@ def test_module_takes_both_in_the_call():
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"token_weight": 1.0}, TypeError, "token_weight must be a Tensor or None, got float"),
+        ({"token_weight": 1.0}, TypeError, "token_weight must be a Tensor, got float"),
         (
             {"token_weight": torch.ones(5)},
             ValueError,

@@ -161,8 +161,7 @@ def flat_token_weight(
     token_weight: Tensor, target: Tensor, problem: HeadProblem, shift: int
 ) -> Tensor:
     """Weight of each row [N] in the dtype of the statistics, 0 where the target is ignored."""
-    if not isinstance(token_weight, Tensor):
-        raise TypeError(f"token_weight must be a Tensor or None, got {type(token_weight).__name__}")
+    check_tensors({"input": problem.hidden, "token_weight": token_weight})
     if token_weight.shape != target.shape:
         raise ValueError(
             f"token_weight must have target's shape, {list(target.shape)}, "
@@ -170,11 +169,6 @@ def flat_token_weight(
         )
     if token_weight.is_complex():
         raise TypeError(f"token_weight must have a real dtype, got {token_weight.dtype}")
-    if token_weight.device != problem.hidden.device:
-        raise ValueError(
-            f"token_weight is on {token_weight.device}, input is on {problem.hidden.device}: "
-            "all must be on one device"
-        )
     if shift:
         token_weight = tokens.align(token_weight, shift, axis=target.dim() - 1, fill=0)
     token_weight = token_weight.reshape(-1).to(problem.statistics_dtype)

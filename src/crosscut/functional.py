@@ -11,6 +11,7 @@ from torch import Tensor
 from crosscut import backends, statistics, tokens
 from crosscut.arguments import (
     at_temperature,
+    check_tensors,
     checked_normalizer,
     flat_token_weight,
     head_problem,
@@ -429,17 +430,11 @@ def _check_torch_options(options: Any) -> None:
 def _checked_class_weight(weight: Tensor, problem: HeadProblem) -> Tensor:
     """Class weights [V] in the dtype of the statistics."""
     num_classes = problem.classifier.shape[0]
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a Tensor or None, got {type(weight).__name__}")
+    check_tensors({"input": problem.hidden, "weight": weight})
     if weight.shape != (num_classes,):
         raise ValueError(
             f"weight must have shape [{num_classes}], one a class, got {list(weight.shape)}"
         )
     if not weight.is_floating_point():
         raise TypeError(f"weight must have a floating-point dtype, got {weight.dtype}")
-    if weight.device != problem.hidden.device:
-        raise ValueError(
-            f"weight is on {weight.device}, input is on {problem.hidden.device}: "
-            "all must be on one device"
-        )
     return weight.detach().to(problem.statistics_dtype)
