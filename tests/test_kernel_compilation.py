@@ -97,9 +97,9 @@ def test_turing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("--few",),
         pytest.param((), marks=needs_time),
-        pytest.param(("--dtype=float16",), marks=needs_time),
+        pytest.param(("--few", "--dtype=float16"), marks=needs_time),
     ],
-    ids=["few", "bfloat16", "float16"],
+    ids=["few", "all", "float16"],
 )
 def test_nothing_spills_or_waits_on_hopper(options: tuple[str, ...]) -> None:
     kernels = lines(compile_kernels(*options, "cuda:90"))
