@@ -196,9 +196,7 @@ class _Dense:
         a, option = self.a, self.problem.option
         token_weight = self.tensors.get("token_weight")
         if token_weight is not None:
-            flat = token_weight.flatten(-2)
-            at = token_weight[..., self.shift :]
-            flat = F.pad(at, (0, self.shift)).flatten(-2)
+            flat = F.pad(token_weight[..., self.shift :], (0, self.shift)).flatten(-2)
             flat = torch.where(self.kept, flat, 0)
             loss = a.wide(loss * flat)
             share = share * flat
@@ -252,14 +250,9 @@ class _Dense:
         if not problem.option("tail"):
             return loss
         rest = a.wide((1 - a.wide(q.sum(-1).expand(a.draws, -1))).clamp_min(0))
-        named = torch.zeros(log_p.shape[1:], dtype=torch.bool)
-        named.scatter_(1, self.labels.clamp_min(0), True)
-        # A scatter of a kept and an ignored one in the same place must end kept.
-        kept = torch.zeros(log_p.shape[1:]).scatter_add_(
-            1, self.labels.clamp_min(0), (self.labels >= 0).float()
-        )
-        named &= kept > 0
-        left = a.logsumexp(log_p.masked_fill(named, -math.inf))
+        named = torch.zeros(log_p.shape[1:])
+        named.scatter_add_(1, self.labels.clamp_min(0), (self.labels >= 0).float())
+        left = a.logsumexp(log_p.masked_fill(named > 0, -math.inf))
         loss = a.wide(loss + a.wide(torch.xlogy(rest, rest) - rest * left))
         return torch.where(self.kept, loss, 0)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import crosscut
 from fuzz.dense import evaluate, logits
-from fuzz.problem import HEADS, MODEL, Problem
+from fuzz.problem import DIFFERENTIABLE, HEADS, MODEL, Problem
 
 FACTOR = 1.5
 DEVIATIONS = 5
@@ -48,9 +48,7 @@ def runner(backend: str | None, device: str = "cpu") -> Run:
     """Runs the text of a problem."""
 
     def run(problem: Problem) -> dict[str, Tensor]:
-        given = {}
-        for name in problem.tensors:
-            given[name] = _on(problem, name, device)
+        given = {name: _on(problem, name, device) for name in problem.tensors}
         scope: dict[str, Any] = {"torch": torch, "crosscut": crosscut, **given}
         limit = crosscut.workspace_limit()
         if problem.program == "defer_logits":
@@ -85,11 +83,11 @@ def _on(problem: Problem, name: str, device: str) -> Tensor:
     """A tensor in its layout on a device."""
     values = problem.given(name)
     if device != "cpu":
-        moved = torch.empty_strided(
+        there = torch.empty_strided(
             values.shape, values.stride(), dtype=values.dtype, device=device
         )
-        values = moved.copy_(values)
-    if name in ("input", "linear_weight", "linear_bias", "token_weight"):
+        values = there.copy_(values)
+    if name in DIFFERENTIABLE:
         return torch.nn.Parameter(values, requires_grad=name in problem.leaves)
     return values
 
@@ -111,16 +109,15 @@ def _outcome(problem: Problem, scope: dict[str, Any], given: dict[str, Tensor]) 
     return found
 
 
-def judge(problem: Problem, run: Run, *, twice: bool = True) -> Violation | None:
+def judge(problem: Problem, run: Run) -> Violation | None:
     """The first thing that is wrong with a call, or None."""
-    return next(judgements(problem, run, twice=twice), None)
+    return next(judgements(problem, run), None)
 
 
-def judgements(problem: Problem, run: Run, *, twice: bool = True) -> Iterator[Violation]:
+def judgements(problem: Problem, run: Run) -> Iterator[Violation]:
     """All that is wrong with a call."""
     try:
-        found = run(problem)
-        again = run(problem) if twice else found
+        found, again = run(problem), run(problem)
     except Exception as error:
         text = str(error).splitlines()[0] if str(error) else ""
         yield Violation(f"raises {type(error).__name__}", text[:200])
