@@ -20,7 +20,7 @@ from huggingface_zoo import build
 from test_huggingface_models import FEW, entry_of
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -42,6 +42,17 @@ def wrap(model: Any, kind: str) -> Any:
             return apply_tensor_parallelism(model, mesh, plan)
         return parallelize_module(
             model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())}
+        )
+    if kind.startswith("fsdp1"):
+        head = model.lm_head
+        alone = "head" in kind
+
+        def policy(module: Any, recurse: bool, **_: Any) -> bool:
+            return recurse or (alone and module is head)
+
+        cpu = torch.device("cpu")
+        return FullyShardedDataParallel(
+            model, auto_wrap_policy=policy, use_orig_params="parameters" in kind, device_id=cpu
         )
     reshard = "reshard" in kind
     for layer in model.model.layers:
@@ -67,6 +78,8 @@ def step(model: Any, kind: str, rank: int) -> tuple[Tensor, dict[str, Tensor]]:
     gradients = {}
     for name, parameter in model.named_parameters():
         grad: Any = parameter.grad
+        if grad is None or not grad.numel():  # FSDP1: all of it is on the other rank
+            continue
         gradients[name.removeprefix("module.")] = (
             grad.full_tensor() if hasattr(grad, "full_tensor") else grad
         ).clone()

@@ -729,6 +729,13 @@ def test_other_weights_fall_back():
         head()(hidden_states().float())  # as torch.nn.Linear
 
 
+def test_symbolic_tracing():
+    """``torch.fx`` sees a linear layer."""
+    layer, other = nn.Sequential(head()), nn.Sequential(head(deferred=False))
+    hidden = hidden_states().detach()
+    assert torch.equal(torch.fx.symbolic_trace(layer)(hidden), other(hidden))
+
+
 def test_functorch_and_tracing():
     layer, other = head(), head(deferred=False)
     hidden = hidden_states().detach()
@@ -762,6 +769,88 @@ def test_nothing_is_kept_alive():
     del hidden
     gc.collect()
     assert held() is None
+
+
+def test_repr():
+    logits = head()(hidden_states())
+    assert (
+        repr(logits) == f"DeferredLogits(shape=[{B}, {T}, {V}], dtype=torch.float64, not computed)"
+    )
+    values = materialize(logits)
+    assert repr(logits) == repr(values.detach()).replace("tensor", "DeferredLogits", 1)
+
+
+def partitioned(layer: nn.Linear) -> nn.Linear:
+    """As DeepSpeed ZeRO-3 keeps a module: its weight is there in its own forward alone."""
+    whole = layer.weight.detach().clone()
+
+    def gather(*_: Any) -> None:
+        layer.weight.data = whole
+
+    def free(*_: Any) -> None:
+        layer.weight.data = torch.empty(0, dtype=whole.dtype)
+
+    class BeforeBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Tensor:
+            return args[0].detach()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Tensor:
+            gather()
+            return grads[0]
+
+    layer.weight.ds_id, layer.weight.ds_status = 0, "NOT_AVAILABLE"  # pyright: ignore
+    layer.register_forward_pre_hook(gather)
+    layer.register_forward_hook(free)
+    layer.register_forward_hook(lambda module, args, output: BeforeBackward.apply(output))
+    free()
+    return layer
+
+
+def test_partitioned_weight():
+    layer, other = partitioned(head(bias=False)), head(bias=False, deferred=False)
+    for mine, theirs in zip(run(layer, ce), run(other, ce), strict=True):
+        assert error(mine, theirs) <= rounding(torch.float64)
+    (why,) = log_of(layer).real
+    assert "ZeRO-3" in why
+    with pytest.warns(huggingface.LogitsMaterializedWarning, match="ZeRO-3"):
+        partitioned(head(on_materialize="warn"))(hidden_states())
+    with pytest.raises(huggingface.LogitsMaterializedError, match="ZeRO-3"):
+        partitioned(head(on_materialize="error"))(hidden_states())
+
+
+class TestOutputHooks:
+    """DeepSpeed puts one on every output of the model, and scales gradients in it."""
+
+    @pytest.fixture
+    def hook(self) -> Any:
+        def backward_hook(grad: Tensor) -> Tensor:
+            return grad * 3
+
+        backward_hook.__module__ = "deepspeed.runtime.utils"
+        backward_hook.__qualname__ = "OutputBackwardHookManager._make_backward_hook.<locals>.hook"
+        return backward_hook
+
+    @pytest.mark.parametrize("loss_of", [ce, lambda z: z.exp() + ce(z)], ids=["fused", "read"])
+    def test_loss_after(self, loss_of, hook):
+        def program(logits: Tensor) -> Tensor:
+            logits.register_hook(hook)
+            return loss_of(logits)
+
+        log = log_of(assert_same(program))
+        assert log.fused == {"cross_entropy": 1}
+
+    def test_loss_before(self, hook):
+        """It is an output as well, with a hook of its own."""
+        layer = head()
+        logits = layer(hidden_states())
+        loss = ce(logits)
+        handle = logits.register_hook(hook)
+        loss.backward()
+        handle.remove()
+        assert log_of(layer).fused
+        assert not log_of(layer).materialized
 
 
 def test_materialize_nests():

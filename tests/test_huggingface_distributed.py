@@ -1,4 +1,4 @@
-"""DDP, FSDP2 and a tensor-parallel head on two ranks of this machine: the untouched model's
+"""DDP, FSDP, FSDP2 and a tensor-parallel head on two ranks of this machine: the untouched model's
 gradients, fused where they can be."""
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ KINDS = {
     "fsdp, reshard, loss outside": "fused",
     "fsdp, head": "fused",
     "fsdp, head, loss outside": "fused",
+    "fsdp1": "fused",
+    "fsdp1, loss outside": "fused",
+    "fsdp1, head": "fused",  # a unit of its own, as PEFT's policy has it
+    "fsdp1, head, loss outside": "fused",
+    "fsdp1, head, parameters, loss outside": "fused",
     "tp": "real",  # the weight is a DTensor
     "tp, loss outside": "real",
     "tp, transformers": "real",

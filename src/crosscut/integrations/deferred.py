@@ -39,8 +39,8 @@ class _Group:
         pinned: why every loss now needs the real logits, or None.
         members: the wrappers that are alive.
         reals: logits that were computed, and their version counters then.
-        fsdp_hooks: hooks of FSDP2 that wait for a gradient of the logits, or of what is made
-            of them.
+        fsdp_hooks: hooks of FSDP or DeepSpeed that wait for a gradient of the logits, or of what
+            is made of them.
         fused: the loss that was made without logits, to be differentiated; or None.
     """
 
@@ -146,7 +146,7 @@ class _Defer(torch.autograd.Function):
             x if x is None else x.detach().requires_grad_(need)
             for x, need in zip(form.tensors(), needed, strict=True)
         )
-        with torch.enable_grad(), fsdp.unsharded(tensors):
+        with torch.enable_grad(), fsdp.unsharded(tensors, ctx.group.fsdp_hooks):
             logits = form.with_tensors(tensors).dense()
         wanted = [x for x in tensors if x is not None and x.requires_grad]
         with torch.no_grad():
@@ -302,9 +302,10 @@ class DeferredLogits(Tensor):
         return tree_map(lambda x: returned.get(id(x), x), found)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # pyright: ignore
-        form = self._form
-        state = "not computed" if self._real is None else "computed"
-        return f"DeferredLogits(shape={list(form.shape)}, dtype={form.dtype}, {state})"
+        form, real = self._form, self._real
+        if real is not None:
+            return repr(real.detach()).replace("tensor(", "DeferredLogits(", 1)
+        return f"DeferredLogits(shape={list(form.shape)}, dtype={form.dtype}, not computed)"
 
     def _values(self, what: str) -> Tensor:
         """The real logits, with the graph they would have; computed once."""
@@ -321,7 +322,7 @@ class DeferredLogits(Tensor):
         with (
             torch.inference_mode(any(x.is_inference() for x in tensors)),
             torch.set_grad_enabled(grad),
-            fsdp.unsharded(tensors),
+            fsdp.unsharded(tensors, group.fsdp_hooks),
         ):
             real = self._compute()
             fsdp.watch(group.fsdp_hooks, real)
@@ -418,7 +419,7 @@ def _without_logits(func: Any, name: str, logits: DeferredLogits, args: Any, kwa
     group.check_versions()
     if not torch.is_grad_enabled():
         form = form.detach()
-    with fsdp.unsharded(form.tensors()):
+    with fsdp.unsharded(form.tensors(), group.fsdp_hooks):
         found = REDUCED[name](form, *args[1:], **rest)
     if found is not NotImplemented:
         group.settings.log.fused[name] += 1
@@ -471,12 +472,12 @@ def _iterate(logits: DeferredLogits) -> Any:
 
 
 def _register_hook(logits: DeferredLogits, hook: Callable[[Tensor], Any]) -> Any:
-    """FSDP2's hook moves to what is made of the logits; any other wants their gradient."""
+    """Of FSDP or DeepSpeed: it moves to what is made of the logits. Any other wants a gradient."""
     if fsdp.is_hook(hook) and logits._group.pinned is None:
         logits._group.fsdp_hooks.append(hook)
         if logits._real is not None and logits._real.requires_grad:
             logits._real.register_hook(hook)
-        return None
+        return fsdp.MovedHook(logits._group.fsdp_hooks, hook)
     _refuse_late("register_hook", logits)
     logits._pin("given a hook")
     return logits._values("register_hook").register_hook(hook)

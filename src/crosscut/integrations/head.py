@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crosscut.integrations import fsdp
 from crosscut.integrations.deferred import defer
 from crosscut.integrations.form import LogitForm, Term
 from crosscut.integrations.report import HeadSettings, OnMaterialize
@@ -57,6 +58,8 @@ class DeferredLinear(nn.Linear):
     """
 
     deferral: HeadSettings
+    counted: bool = True
+    """Whether a call of it is a call of the head; not so where an adapter adds to the head's."""
 
     def __init__(
         self,
@@ -89,28 +92,40 @@ class DeferredLinear(nn.Linear):
 
             traced = TracedLogits(_form(input, weight, bias, settings.options), settings)
             return traced  # pyright: ignore[reportReturnType]
-        why_not = _why_not_eager() or why_not_defer(input, weight, bias, settings)
+        why_not = _why_not_eager(weight) or why_not_defer(input, weight, bias, settings)
         if why_not is not None:
-            settings.log.real[why_not] += 1
+            settings.log.real[why_not] += self.counted
+            if fsdp.is_partitioned(weight) and torch.is_grad_enabled():
+                shape = torch.Size([*input.shape[:-1], self.out_features])
+                settings.note_materialized("DeepSpeed ZeRO-3", shape, under_grad=True)
             return F.linear(input, weight, bias)
-        settings.log.deferred += 1
+        settings.log.deferred += self.counted
         return defer(_form(input, weight, bias, settings.options), settings)
 
 
-def defer_linear(layer: nn.Module, settings: HeadSettings) -> bool:
-    """Make a linear layer defer, whatever it was made as. Returns whether that could be."""
+def defer_linear(layer: nn.Module, settings: HeadSettings, *, counted: bool = True) -> bool:
+    """Make a linear layer defer, whatever it was made as.
+
+    Args:
+        layer: of the head.
+        settings: of the head.
+        counted: whether a call of it is a call of the head.
+
+    Returns:
+        Whether that could be.
+    """
     if type(layer) is nn.Linear:
         layer.__class__ = DeferredLinear
     if not isinstance(layer, DeferredLinear):
         return False
-    layer.deferral = settings
+    layer.deferral, layer.counted = settings, counted
     return True
 
 
 def undefer_linear(layer: nn.Module) -> None:
     """Undo :func:`defer_linear`."""
     if type(layer) is DeferredLinear:
-        del layer.deferral
+        del layer.deferral, layer.counted
         layer.__class__ = nn.Linear
 
 
@@ -136,6 +151,10 @@ def why_not_defer(
     """Why these logits must be computed at once, or None."""
     if _eager:
         return "under eager_logits"
+    if not isinstance(input, Tensor):
+        return f"the input is a {type(input).__name__}"  # of torch.fx
+    if fsdp.is_partitioned(weight):
+        return "DeepSpeed ZeRO-3 gathers the weight for the head's own forward alone"
     if not input.is_floating_point() or input.dim() == 0:
         return "the input is no hidden state"
     if input.numel() // max(input.shape[-1], 1) * weight.shape[0] < settings.min_numel:
@@ -155,8 +174,10 @@ def why_not_defer(
     return None
 
 
-def _why_not_eager() -> str | None:
+def _why_not_eager(weight: Tensor) -> str | None:
     """The same, of what a compiled graph need not ask."""
+    if not torch.is_grad_enabled() and not fsdp.keeps(weight):
+        return "the weight is no parameter, or FSDP's, and no gradient is wanted"
     if torch.jit.is_tracing():
         return "under torch.jit.trace"
     if torch._C._functorch.peek_interpreter_stack() is not None:

@@ -10,6 +10,7 @@ head, and that a replaced head, or an adapter around it, holds linear layers of 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from crosscut.integrations import trl
 from crosscut.integrations.deferred import DeferredLogits, Undecided
 from crosscut.integrations.head import (
     DEFAULT_MIN_NUMEL,
@@ -41,6 +43,7 @@ from crosscut.options import GradientPolicy, HeadOptions
 __all__ = [
     "DeferredLinear",
     "DeferredLogits",
+    "HeadNotDeferredWarning",
     "HeadReport",
     "LogitsMaterializedError",
     "LogitsMaterializedWarning",
@@ -89,20 +92,30 @@ def defer_logits(
     Returns:
         ``model`` itself.
 
+    Warns:
+        HeadNotDeferredWarning: the head is no plain linear layer but a quantised one, say; or, in
+            training, nothing ever calls it. It is left as it is.
+
     Raises:
-        TypeError: model has no output head of linear layers, or the type of an option does not
-            fit.
+        TypeError: model has no output head, or the type of an option does not fit.
         ValueError: an option does not fit.
     """
     base = _base_model(model)
     settings = HeadSettings(on_materialize, min_numel, HeadOptions(policy=policy, backend=backend))
     undefer_logits(model)
-    if not _defer_heads(base, settings):
+    head = _head_of(base)
+    if head is None:
         raise TypeError(
-            f"{type(base).__name__} has no output head that is a torch.nn.Linear: "
-            f"get_output_embeddings() gives {_head_of(base)!r}. Use "
+            f"{type(base).__name__} has no output head: get_output_embeddings() gives None. Use "
             "crosscut.integrations.huggingface.DeferredLinear in the model itself, or "
             "crosscut.linear_cross_entropy"
+        )
+    if not _defer_heads(base, settings):
+        warnings.warn(
+            f"{type(base).__name__}'s output head is no torch.nn.Linear but a "
+            f"{type(head).__name__}: it computes its logits, and crosscut has no part in the loss",
+            HeadNotDeferredWarning,
+            stacklevel=2,
         )
     keeper = _KeepDeferred(base, settings)
     # PEFT calls the model's forward and not the model, but the model always calls its body.
@@ -179,24 +192,49 @@ def explain(model: nn.Module) -> list[HeadReport]:
     return list(found.values())
 
 
+class HeadNotDeferredWarning(UserWarning):
+    """Losses are not computed by crosscut, though :func:`defer_logits` was called."""
+
+
 class _KeepDeferred:
     """Before each forward: defers a head that was replaced since, by PEFT or by a resize."""
 
     def __init__(self, model: nn.Module, settings: HeadSettings) -> None:
         self.model = model
         self.settings = settings
+        self.forwards = 0
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
             _defer_heads(self.model, self.settings)
+            if module.training and torch.is_grad_enabled() and module is _body_of(self.model):
+                self.forwards += 1
+                if self.forwards == 3:
+                    self._check_calls()
+
+    def _check_calls(self) -> None:
+        """Warn if two forwards did without the layers that defer."""
+        if not self.settings.log.was_called() and not trl.is_patched():
+            warnings.warn(
+                f"{type(self.model).__name__} was trained, and the linear layers of its output "
+                f"head, a {type(_head_of(self.model)).__name__}, were never called: crosscut has "
+                "no part in the loss. TRL's trainers read the head's weight instead: call "
+                "crosscut.patch_trl(). An adapter may compute the logits in its own way",
+                HeadNotDeferredWarning,
+                stacklevel=4,
+            )
 
 
 def _defer_heads(model: nn.Module, settings: HeadSettings) -> int:
     """Defer every linear layer of the output head; returns how many."""
-    return sum(defer_linear(layer, settings) for layer in _head_layers(_head_of(model)))
+    layers = list(_head_layers(_head_of(model)))
+    widest = max((layer.in_features for layer in layers), default=0)
+    return sum(
+        defer_linear(layer, settings, counted=layer.in_features == widest) for layer in layers
+    )
 
 
-def _head_layers(head: nn.Module | None) -> Iterator[nn.Module]:
+def _head_layers(head: nn.Module | None) -> Iterator[nn.Linear]:
     """The layers that make logits: the head itself, or those inside of an adapter around it."""
     if isinstance(head, nn.Linear):
         yield head

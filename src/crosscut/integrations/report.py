@@ -60,6 +60,10 @@ class HeadLog:
     materialized: Counter[Materialization] = field(default_factory=Counter)
     warned: bool = False
 
+    def was_called(self) -> bool:
+        """Whether anything happened at all."""
+        return bool(self.deferred or self.real or self.compiled or self.materialized)
+
 
 _numbers = itertools.count()
 _settings: weakref.WeakValueDictionary[str, HeadSettings] = weakref.WeakValueDictionary()

@@ -79,6 +79,11 @@ def unpatch_trl() -> None:
         setattr(utils, _NAME, patched.theirs)
 
 
+def is_patched() -> bool:
+    """Whether TRL's trainers go through crosscut."""
+    return isinstance(getattr(sys.modules.get("trl.trainer.utils"), _NAME, None), _TokenStatistics)
+
+
 class _TokenStatistics:
     """In place of TRL's autograd function, which it keeps for what crosscut cannot serve."""
 
@@ -117,9 +122,9 @@ class _TokenStatistics:
         """
         cap, log = final_logit_softcapping, self.settings.log
         why_not = why_not_defer(hidden, weight, bias, self.settings)
-        if hasattr(weight, "ds_id"):
-            why_not = "DeepSpeed gathers the weight again for TRL's backward"
-        elif not (logit_scale > 0 and temperature > 0 and (cap is None or cap > 0)):
+        if why_not is None and not (
+            logit_scale > 0 and temperature > 0 and (cap is None or cap > 0)
+        ):
             why_not = f"logit_scale={logit_scale}, temperature={temperature}, softcap={cap}"
         if why_not is not None:
             if not torch.compiler.is_compiling():
