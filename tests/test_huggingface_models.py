@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -158,7 +159,7 @@ def test_outputs_as_tuple():
     assert torch.equal(huggingface.materialize(logits), expected[1])
 
 
-def test_no_linear_head():
+def test_no_head():
     class NoHead(nn.Module):
         def get_output_embeddings(self) -> None:
             return None
@@ -167,16 +168,53 @@ def test_no_linear_head():
         crosscut.defer_logits(NoHead())
 
 
-def test_quantised_head_falls_back():
-    class Int8Linear(nn.Linear):
-        """Dequantises in its forward, as quantisers' layers do."""
+class Int8Linear(nn.Linear):
+    """Dequantises in its forward, as quantisers' layers do."""
 
-    model = tiny()
-    model.lm_head.__class__ = Int8Linear
-    with pytest.raises(TypeError, match="Int8Linear"):
-        crosscut.defer_logits(model)
-    model.lm_head.__class__ = nn.Linear
-    defer(model)
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight.to(torch.int8).to(input.dtype))
+
+
+def test_quantised_head_is_left_alone():
+    models = tiny(), tiny()
+    for model in models:
+        model.lm_head.__class__ = Int8Linear
+    with pytest.warns(
+        huggingface.HeadNotDeferredWarning, match="test_huggingface_models.Int8Linear"
+    ):
+        model = crosscut.defer_logits(models[0], min_numel=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", huggingface.HeadNotDeferredWarning)
+        for _ in range(4):  # one warning is enough
+            logits = model.train()(input_ids=IDS).logits
+    assert torch.equal(logits, models[1](input_ids=IDS).logits)
+    assert not huggingface.is_deferred(model)
+
+
+def test_parametrised_head():
+    """Before it is one it is deferred, and stays so; after, it is left alone."""
+
+    class Halved(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight / 2
+
+    def parametrised(model: Any) -> Any:
+        nn.utils.parametrize.register_parametrization(model.lm_head, "weight", Halved())
+        return model
+
+    other = parametrised(tiny())
+    before = parametrised(defer(tiny()))
+    assert_same_step(before, other)
+    assert fused(before) == 1
+    with torch.no_grad():
+        assert torch.equal(before(input_ids=IDS).logits, other(input_ids=IDS).logits)
+    with pytest.warns(huggingface.HeadNotDeferredWarning, match="ParametrizedLinear"):
+        after = defer(parametrised(tiny()))
+    assert_same_step(after, other)
+
+
+def test_other_weights():
+    model = defer(tiny())
     model.lm_head.weight = nn.Parameter(
         model.lm_head.weight.detach().to(torch.float8_e4m3fn), requires_grad=False
     )
@@ -254,9 +292,40 @@ class TestPeft:
         model.load_state_dict(other.state_dict())
         assert_same_step(model, other)
         assert fused(model) == 1
+        (report,) = huggingface.explain(model)
+        assert report.log.deferred == 1  # of the head, not of its parts
         outputs = [each(input_ids=IDS, labels=IDS) for each in (model, other)]
         with torch.no_grad():
             assert torch.allclose(outputs[0].logits, outputs[1].logits)
+
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_adapter_without_the_head(self, when):
+        """Some compute the logits without ever calling the layer they adapt."""
+        import peft
+
+        config = peft.HRAConfig(target_modules=["lm_head"])
+        model = tiny()
+        if when == "before":
+            model = peft.get_peft_model(defer(model), config)
+        else:
+            model = defer(peft.get_peft_model(model, config))
+        model.train()
+        for _ in range(2):
+            model(input_ids=IDS, labels=IDS)
+        with pytest.warns(huggingface.HeadNotDeferredWarning, match=r"HRALinear.*never called"):
+            model(input_ids=IDS, labels=IDS)
+
+    def test_subclass_of_linear(self):
+        import peft
+
+        torch.manual_seed(0)
+        config = peft.VBLoRAConfig(
+            target_modules=["lm_head"], num_vectors=8, vector_length=16, topk=2
+        )
+        other: Any = peft.get_peft_model(tiny(), config)
+        with pytest.warns(huggingface.HeadNotDeferredWarning, match=r"vblora\.layer\.Linear"):
+            model = defer(copy.deepcopy(other))
+        assert_same_step(model, other)
 
     def test_head_under_autocast(self):
         other = self.adapted(tiny(), target_modules=["lm_head"])

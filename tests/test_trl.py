@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import crosscut
 from crosscut import losses
+from crosscut.integrations.huggingface import HeadNotDeferredWarning
 
 pytest.importorskip("trl")
 import datasets
@@ -356,6 +358,18 @@ def test_trainers(make, options, outputs, tmp_path, monkeypatch):
 
 
 # The losses of crosscut.losses, beside what the trainers make of the same log-probabilities.
+
+
+def test_without_patch(tmp_path):
+    """TRL reads the head's weight, not its logits: ``defer_logits`` does nothing, and says so."""
+    model = crosscut.defer_logits(tiny(), min_numel=0)
+    with pytest.warns(HeadNotDeferredWarning, match="patch_trl"):
+        sft(model, tmp_path).train()
+    crosscut.patch_trl()
+    model = crosscut.defer_logits(tiny(), min_numel=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HeadNotDeferredWarning)
+        sft(model, tmp_path).train()
 
 
 def numbers(*shape: int, seed: int) -> Tensor:

@@ -110,14 +110,15 @@ def defer_logits(
             "crosscut.integrations.huggingface.DeferredLinear in the model itself, or "
             "crosscut.linear_cross_entropy"
         )
+    keeper = _KeepDeferred(base, settings)
     if not _defer_heads(base, settings):
+        keeper.warned = True
         warnings.warn(
-            f"{type(base).__name__}'s output head is no torch.nn.Linear but a "
-            f"{type(head).__name__}: it computes its logits, and crosscut has no part in the loss",
+            f"{type(base).__name__}'s output head is no torch.nn.Linear but a {_type(head)}: it "
+            "computes its logits, and crosscut has no part in the loss",
             HeadNotDeferredWarning,
             stacklevel=2,
         )
-    keeper = _KeepDeferred(base, settings)
     # PEFT calls the model's forward and not the model, but the model always calls its body.
     for module in {id(m): m for m in (base, _body_of(base))}.values():
         module.register_forward_pre_hook(keeper)
@@ -203,13 +204,14 @@ class _KeepDeferred:
         self.model = model
         self.settings = settings
         self.forwards = 0
+        self.warned = False
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
             _defer_heads(self.model, self.settings)
             if module.training and torch.is_grad_enabled() and module is _body_of(self.model):
                 self.forwards += 1
-                if self.forwards == 3:
+                if self.forwards == 3 and not self.warned:
                     self._check_calls()
 
     def _check_calls(self) -> None:
@@ -217,12 +219,16 @@ class _KeepDeferred:
         if not self.settings.log.was_called() and not trl.is_patched():
             warnings.warn(
                 f"{type(self.model).__name__} was trained, and the linear layers of its output "
-                f"head, a {type(_head_of(self.model)).__name__}, were never called: crosscut has "
+                f"head, a {_type(_head_of(self.model))}, were never called: crosscut has "
                 "no part in the loss. TRL's trainers read the head's weight instead: call "
                 "crosscut.patch_trl(). An adapter may compute the logits in its own way",
                 HeadNotDeferredWarning,
                 stacklevel=4,
             )
+
+
+def _type(module: nn.Module | None) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _defer_heads(model: nn.Module, settings: HeadSettings) -> int:
