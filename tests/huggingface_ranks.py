@@ -34,7 +34,9 @@ IDS = torch.randint(4, 90, (4, 12), generator=torch.Generator().manual_seed(5))
 
 def wrap(model: Any, kind: str) -> Any:
     if kind.startswith("ddp"):
-        return DistributedDataParallel(model, find_unused_parameters="unused" in kind)
+        return DistributedDataParallel(
+            model, find_unused_parameters="unused" in kind, static_graph="static" in kind
+        )
     if kind.startswith("tp"):
         mesh = init_device_mesh("cpu", (2,))
         if "transformers" in kind:

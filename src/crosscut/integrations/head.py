@@ -16,8 +16,8 @@ from crosscut.integrations.form import LogitForm, Term
 from crosscut.integrations.report import HeadSettings, OnMaterialize
 from crosscut.options import GradientPolicy, HeadOptions
 
-DEFAULT_MIN_NUMEL = 2**22
-"""Fewest logits worth deferring: 16 MiB of them in float32."""
+DEFAULT_MIN_NUMEL = 2**24
+"""Fewest logits worth deferring: 64 MiB of them in float32."""
 
 _eager = 0
 """How many :func:`eager_logits` are open."""

@@ -82,7 +82,7 @@ class HeadSettings:
     """
 
     on_materialize: OnMaterialize = "warn"
-    min_numel: int = 2**22
+    min_numel: int = 2**24
     options: HeadOptions = field(default_factory=HeadOptions)
     log: HeadLog = field(default_factory=HeadLog)
     key: str = field(default="", init=False)
