@@ -30,7 +30,7 @@ def is_hook(hook: Any) -> bool:
     if isinstance(hook, functools.partial):  # of FullyShardedDataParallel
         name, module = hook.func.__name__, hook.func.__module__
         return name == "_pre_backward_hook" and module.startswith("torch.distributed.fsdp")
-    if getattr(hook, "__module__", "").startswith("deepspeed."):
+    if (getattr(hook, "__module__", None) or "").startswith("deepspeed."):
         return hook.__qualname__.startswith("OutputBackwardHookManager.")
     return type(getattr(hook, "__self__", None)).__name__ == "FSDPState" and (
         hook.__name__ == "_pre_backward"
