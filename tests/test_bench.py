@@ -63,7 +63,8 @@ def contender(name: str, loss, grade: Grade = Grade.STANDARD, **fields) -> Conte
 
 def bench(*chosen: Contender, dtype: str = "fp32") -> BenchResult:
     plan = Plan(contenders=list(chosen), left_out={"nobody": "a test"}, repeats=2, command="test")
-    return run(small(dtype), plan, Silent())
+    # Of a smaller head errors are a few roundings, and chance decides which of two is larger.
+    return run(small(dtype, "random:N=64,D=32,V=500"), plan, Silent())
 
 
 # Truth and yardstick.
