@@ -641,6 +641,16 @@ class TestTopK:
         assert hidden.grad is not None
         assert hidden.grad.item() == pytest.approx(0.5, rel=1e-6)
 
+    def test_the_tail_of_large_logits(self):
+        """Their log-sum-exp is rounded, the softmax made of it is not."""
+        hidden = torch.ones(1, 1, requires_grad=True)
+        weight = torch.tensor([[36.0], [0.0], [36.0]])
+        found = crosscut.linear_topk_kl_div(
+            hidden, weight, torch.tensor([[1]]), torch.tensor([[1.0]]), tail=True
+        )
+        (grad,) = torch.autograd.grad(found.sum(), hidden)
+        assert error(grad, torch.tensor([[36.0]])) <= rounding(torch.float32)
+
     def test_the_tail_where_there_is_none(self):
         """All classes are among the k, or all others impossible; a class not, too."""
         weight = torch.tensor([[1.0], [0.5], [0.0]], dtype=torch.float64)
@@ -708,10 +718,10 @@ class TestTopK:
         labels[1::3] = -1
         labels[::2, 1] = -1
         arguments = (hidden, classifier, bias, labels, 5.0, 0.5)
-        lse, logits = torch.ops.crosscut.rest.default(*arguments)
+        lse, logits, low = torch.ops.crosscut.rest.default(*arguments)
+        given = torch.rand_like(lse), torch.rand_like(logits), lse, low
         torch.library.opcheck(
-            torch.ops.crosscut.rest_backward.default,
-            (torch.rand_like(lse), torch.rand_like(logits), lse, *arguments, [True, False, True]),
+            torch.ops.crosscut.rest_backward.default, (*given, *arguments, [True, False, True])
         )
         for x in arguments[:3]:
             x.requires_grad_()

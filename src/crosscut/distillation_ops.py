@@ -268,16 +268,15 @@ def rest(problem: HeadProblem) -> Rest:
             "has no kernel for tail=True"
         )
     choose(replace(problem, options=replace(options, backend="blocks")))  # or raise
-    return Rest(
-        *_rest(
-            problem.hidden,
-            problem.classifier,
-            problem.bias,
-            problem.labels,
-            options.softcap,
-            options.logit_scale,
-        )
+    lse, target_logit, _ = _rest(
+        problem.hidden,
+        problem.classifier,
+        problem.bias,
+        problem.labels,
+        options.softcap,
+        options.logit_scale,
     )
+    return Rest(lse, target_logit)
 
 
 @custom_operator("crosscut::rest")
@@ -288,7 +287,7 @@ def _rest(
     labels: Tensor,
     softcap: float | None,
     logit_scale: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     problem = _head((hidden, classifier, bias), labels, softcap, logit_scale)
     with torch.autocast(hidden.device.type, enabled=False):
         return compute_rest(problem)
@@ -302,10 +301,10 @@ def _(
     labels: Tensor,
     softcap: float | None,
     logit_scale: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     lse = hidden.new_empty(hidden.shape[0], dtype=dtype)
-    return lse, hidden.new_empty(labels.shape, dtype=dtype)
+    return lse, hidden.new_empty(labels.shape, dtype=dtype), torch.empty_like(lse)
 
 
 @custom_operator("crosscut::rest_backward")
@@ -313,6 +312,7 @@ def _rest_backward(
     d_lse: Tensor,
     d_target_logit: Tensor,
     lse: Tensor,
+    lse_low: Tensor,
     hidden: Tensor,
     classifier: Tensor,
     bias: Tensor | None,
@@ -323,7 +323,9 @@ def _rest_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = _head((hidden, classifier, bias), labels, softcap, logit_scale)
     with torch.autocast(hidden.device.type, enabled=False):
-        gradients = compute_rest_gradients(problem, lse, (d_lse, d_target_logit), Needs(*needs))
+        gradients = compute_rest_gradients(
+            problem, (lse, lse_low), (d_lse, d_target_logit), Needs(*needs)
+        )
     d_hidden, d_classifier, d_bias = (
         hidden.new_empty(0) if grad is None else grad for grad in gradients
     )
@@ -335,6 +337,7 @@ def _(
     d_lse: Tensor,
     d_target_logit: Tensor,
     lse: Tensor,
+    lse_low: Tensor,
     hidden: Tensor,
     classifier: Tensor,
     bias: Tensor | None,
@@ -348,14 +351,16 @@ def _(
 
 def _save_rest(ctx, inputs, output) -> None:
     *tensors, ctx.softcap, ctx.logit_scale = inputs
-    ctx.save_for_backward(*tensors, output[0])
+    lse, _, lse_low = output
+    ctx.save_for_backward(*tensors, lse, lse_low)
+    ctx.mark_non_differentiable(lse_low)
 
 
-def _backward_of_rest(ctx, d_lse: Tensor, d_target_logit: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, lse = ctx.saved_tensors
+def _backward_of_rest(ctx, d_lse: Tensor, d_target_logit: Tensor, _) -> tuple[Tensor | None, ...]:
+    *tensors, lse, lse_low = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     options: Any = (ctx.softcap, ctx.logit_scale, needs)
-    gradients = _rest_backward(d_lse, d_target_logit, lse, *tensors, *options)
+    gradients = _rest_backward(d_lse, d_target_logit, lse, lse_low, *tensors, *options)
     wanted = [grad if need else None for grad, need in zip(gradients, needs, strict=True)]
     return (*wanted, None, None, None)
 

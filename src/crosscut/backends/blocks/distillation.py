@@ -143,10 +143,10 @@ def compute_student_gradients(
     return _multiply(student, needs, gradient)
 
 
-def compute_rest(problem: HeadProblem) -> tuple[Tensor, Tensor]:
+def compute_rest(problem: HeadProblem) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exp of the classes that are no label of a token [N], and its labels' logits [N, K].
 
-    Both are 0 at rows that take no part.
+    And what the former lost where it was rounded [N]. All are 0 at rows that take no part.
     """
     check_labels(problem)
     rows = problem.rows
@@ -159,33 +159,39 @@ def compute_rest(problem: HeadProblem) -> tuple[Tensor, Tensor]:
             z[_find_all(classes, len(c), labels[part])[:2]] = -math.inf
             side.add(z, part)
     lse = torch.zeros_like(problem.labels[:, 0], dtype=problem.statistics_dtype)
+    lse.index_copy_(0, rows, side.lse.to(lse))
+    low = torch.zeros_like(lse).index_copy_(0, rows, _finite(side.lse - lse[rows]).to(lse))
     logits = torch.zeros_like(problem.labels, dtype=problem.statistics_dtype)
     for k in range(labels.shape[1]):
         logits[rows, k] = _logits_at(problem, rows, labels[:, k].clamp_min(0)).to(logits)
-    return lse.index_copy_(0, rows, side.lse.to(lse)), logits.masked_fill_(problem.labels < 0, 0)
+    return lse, logits.masked_fill_(problem.labels < 0, 0), low
 
 
 def compute_rest_gradients(
-    problem: HeadProblem, lse: Tensor, cotangents: tuple[Tensor, Tensor], needs: Needs
+    problem: HeadProblem,
+    lse: tuple[Tensor, Tensor],
+    cotangents: tuple[Tensor, Tensor],
+    needs: Needs,
 ) -> Gradients:
-    """Gradients of the inputs, given the first of what :func:`compute_rest` returned, and of both.
+    """Gradients of the inputs, given what :func:`compute_rest` returned.
 
     Args:
         problem: as there.
-        lse: [N].
-        cotangents: [N] and [N, K].
+        lse: [N], and what it lost.
+        cotangents: of the log-sum-exp [N], and of the logits [N, K].
         needs: which gradients are wanted.
     """
     rows = problem.rows
     side, labels = _Side(problem, rows), problem.labels[rows]
-    side.settle(_finite(lse[rows]))
+    high, low = (of_rows[rows] for of_rows in lse)
+    side.settle(_finite(high))
     d_lse, d_logits = (of_rows[rows] for of_rows in cotangents)
 
     def gradient(classes: slice, c: Tensor) -> Callable[[slice], Tensor]:
         def of_part(part: slice) -> Tensor:
             log_p = side.block(classes, c, part)
             slope = side.logits.slope(log_p, side.reference[part])
-            dz = log_p.exp_()
+            dz = log_p.sub_(low[part]).exp_()
             row, token, k = _find_all(classes, len(dz), labels[part])
             dz[row, token] = 0
             dz.mul_(d_lse[part])
