@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from conftest import INTERPRETED
 from fuzz.generator import MODES, draw
-from fuzz.judge import judge, run_plain, runner
+from fuzz.judge import Run, judge, run_plain, runner
 from fuzz.problem import Problem
 from fuzz.shrinker import shrink
 
@@ -23,38 +25,49 @@ needs_gpu = (
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")
 
 
-def wrong(mode: str, problems: int, run) -> list[str]:
-    """What is wrong with the first problems of a mode."""
-    found = []
-    for number in range(problems):
-        problem = draw(MODES[mode], 0, number)
-        violation = judge(problem, run)
-        if violation is not None:
-            found.append(f"{number}: {problem.program}, {problem.grade}: {violation}")
-    return found
+def wrong(problems: Iterable[Problem], run: Run) -> list[str]:
+    """What is wrong with problems."""
+    judged = ((problem, judge(problem, run)) for problem in problems)
+    return [f"{p.snippet(None)}\n{violation}" for p, violation in judged if violation]
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="confident tokens, a softcap's slope, the tail of linear_topk_kl_div, one class",
-)
+def first(mode: str, count: int) -> list[Problem]:
+    """The first problems of a mode."""
+    return [draw(MODES[mode], 0, number) for number in range(count)]
+
+
+def is_open(problem: Problem) -> bool:
+    """Whether a problem is of a kind of which some are still worse than in PyTorch."""
+    return problem.low == torch.float64 or problem.program.endswith("kl_div")
+
+
 @pytest.mark.parametrize(
-    ("mode", "problems"),
+    ("mode", "count"),
     [
         ("blocks", 250),
         pytest.param("interpreter", 15, marks=needs_interpreter),
         pytest.param("cuda", 500, marks=needs_gpu),
     ],
 )
-def test_crosscut(mode, problems):
+def test_crosscut(mode, count):
     chosen = MODES[mode]
-    found = wrong(mode, problems, runner(chosen.backend, chosen.device))
-    assert not found, "\n".join(found)
+    problems = [problem for problem in first(mode, count) if not is_open(problem)]
+    found = wrong(problems, runner(chosen.backend, chosen.device))
+    assert not found, "\n\n".join(found)
+
+
+@pytest.mark.xfail(
+    strict=False, reason="divergences; float64, where nothing wider holds a log-sum-exp"
+)
+def test_what_is_still_open():
+    problems = [problem for problem in first("blocks", 250) if is_open(problem)]
+    found = wrong(problems, runner("blocks"))
+    assert not found, "\n\n".join(found)
 
 
 def test_the_limits_are_not_too_strict_for_pytorch():
-    found = wrong("blocks", 250, run_plain)
-    assert not found, "\n".join(found)
+    found = wrong(first("blocks", 250), run_plain)
+    assert not found, "\n\n".join(found)
 
 
 def off_in_few_bits(problem: Problem) -> bool:

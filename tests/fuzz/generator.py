@@ -285,7 +285,7 @@ class _Draw:
             ignore = self.options["ignore_index"] = -1
         index = index.masked_fill(self._uniform(*index.shape) < rng.choice((0, 0.3)), ignore)
         self.tensors["teacher_index"], self.tensors["teacher_prob"] = index, prob
-        if self._chance(0.6):
+        if self._chance(0.6) and self.mode.name != "interpreter":  # there is no kernel for it
             self.options["tail"] = True
 
     def _policy(self) -> None:
