@@ -106,7 +106,7 @@ def lint(_: list[str]) -> None:
 def test(arguments: list[str]) -> None:
     """Lint, then every test that this machine can run. Arguments go to pytest."""
     lint([])
-    tool("pytest", "--numprocesses=auto", "--dist=worksteal", *arguments)
+    tool("pytest", "--numprocesses=auto", "--dist=worksteal", "--durations=10", *arguments)
 
 
 def fix(_: list[str]) -> None:

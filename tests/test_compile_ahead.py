@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.kernels import decorated
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import crosscut
@@ -25,7 +26,6 @@ from crosscut.backends.triton import TritonBackend, compile_ahead
 from crosscut.kernels import launch
 from crosscut.options import HeadOptions
 
-KERNELS = sorted(Path(launch.__file__).parent.glob("*.py"))
 NEEDS = Needs(True, True, False)
 
 
@@ -39,18 +39,8 @@ def launched_by(tree: ast.Module) -> Iterator[str]:
 
 def test_whatever_is_launched_can_be_compiled_ahead() -> None:
     """A launch by plain ``triton.jit`` would run for real, on pointers to nothing."""
-    names: set[str] = set()
-    for file in KERNELS:
-        tree = ast.parse(file.read_text())
-        decorated = {
-            function.name
-            for function in tree.body
-            if isinstance(function, ast.FunctionDef)
-            and [ast.unparse(line) for line in function.decorator_list] == ["kernel"]
-        }
-        assert set(launched_by(tree)) == decorated, file.name
-        names |= decorated
-    assert len(names) > 15
+    for file, names in decorated().items():
+        assert set(launched_by(ast.parse(file.read_text()))) == names, file.name
 
 
 def test_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:

@@ -47,11 +47,28 @@ class TestTheMeter:
         assert peak(head, backward=True) < 128 * CLASSES * 4
 
 
+# The paper's policies hold several blocks at once: softmax, onehot, and what is left of them.
+MEASURED = {
+    (torch.float32, "forward"): 48, (torch.bfloat16, "forward"): 17,
+    (torch.float32, "auto"): 32, (torch.float32, "exact"): 32, (torch.float32, "filtered"): 16,
+    (torch.float32, "cce"): 91, (torch.float32, "cce_kahan"): 91,
+    (torch.float32, "cce_kahan_full_c"): 106, (torch.float32, "cce_kahan_full_e"): 91,
+    (torch.bfloat16, "auto"): 18, (torch.bfloat16, "filtered"): 18, (torch.bfloat16, "exact"): 41,
+    (torch.bfloat16, "cce_kahan"): 91,
+}  # fmt: skip
+"""MiB, of the calls below."""
+
+
+def most(dtype: torch.dtype, what: str) -> float:
+    """What a call may take: a fifth more than it was measured to."""
+    return 1.2 * MEASURED[dtype, what] * MIB
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward(dtype):
     """Less than half of the logits in two bytes: no allocation of their number of entries."""
     found = peak(head_of(TOKENS, dtype), backward=False)
-    assert 0 < found <= WORKSPACE
+    assert 0 < found <= most(dtype, "forward")
     assert found < LOGITS
 
 
@@ -65,8 +82,7 @@ def test_forward(dtype):
 )
 def test_forward_and_backward(dtype, policy):
     found = peak(head_of(TOKENS, dtype), backward=True, policy=policy)
-    # The paper's policies hold several blocks at once: softmax, onehot, and what is left of them.
-    assert 0 < found <= (2 * WORKSPACE if policy.startswith("cce") else WORKSPACE)
+    assert 0 < found <= most(dtype, policy)
     assert found < LOGITS * dtype.itemsize
 
 
@@ -84,7 +100,8 @@ def test_options_need_no_more(options):
         return found if reduced else found.mean()
 
     found = peak(head_of(TOKENS, torch.bfloat16), backward=True, loss_fn=loss, **options)
-    assert found <= WORKSPACE
+    # A weighted sum of softcapped logits has a gradient everywhere.
+    assert found <= most(torch.bfloat16, "exact" if "softcap" in options else "auto")
 
 
 @pytest.mark.parametrize("policy", ["exact", "filtered"])
@@ -95,7 +112,7 @@ def test_growth_with_tokens(policy, dtype):
         peak(head_of(n, dtype, CLASSES // 2), backward=True, policy=policy)
         for n in (TOKENS, 2 * TOKENS)
     )
-    assert twice - once < 0.1 * LOGITS // 2 * 4
+    assert twice - once < 17 * MIB  # measured: 14
     assert twice <= WORKSPACE
 
 
@@ -106,7 +123,7 @@ def test_growth_with_classes(policy):
         peak(head_of(TOKENS, torch.float32, classes), backward=True, policy=policy)
         for classes in (CLASSES // 2, CLASSES)
     )
-    assert twice - once < 0.05 * LOGITS // 2 * 4
+    assert twice - once < MIB  # measured: 0.1, and less
     assert twice <= WORKSPACE
 
 
