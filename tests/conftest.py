@@ -112,7 +112,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_worth_interpreting(item: pytest.Item) -> bool:
     callspec = getattr(item, "callspec", None)
-    if callspec is None or callspec.params.get("place") != ("triton", "cpu"):
+    if callspec is None or callspec.params.get("place", ("triton", "cpu")) != ("triton", "cpu"):
+        return True
+    if callspec.params.get("device", "cpu") != "cpu":
         return True
     for mark in item.iter_markers("interpreted"):
         when = mark.kwargs["when"]

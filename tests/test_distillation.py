@@ -154,6 +154,7 @@ NEEDS_INTERPRETER = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's i
 TRITON = [pytest.param("cpu", marks=NEEDS_INTERPRETER, id="interpreter"), *DEVICES[1:]]
 
 
+@pytest.mark.interpreted(when=lambda options: options in (OPTIONS["plain"], OPTIONS["heads"]))
 @pytest.mark.parametrize("device", TRITON)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
