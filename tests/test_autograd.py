@@ -119,12 +119,13 @@ def test_opcheck_backward(options, needs):
     statistics = list(torch.ops.crosscut.token_statistics.default(*arguments))
     d_lse = torch.rand_like(statistics[0])
     d_target = -torch.rand_like(statistics[1])
+    d_log_prob = torch.rand_like(statistics[2])
     d_sum = torch.rand_like(statistics[0]) if logit_weight is not None else None
     d_entropy = torch.rand_like(statistics[0]) if options.get("entropy") else None
     torch.library.opcheck(
         torch.ops.crosscut.token_statistics_backward.default,
         (
-            d_lse, d_target, d_sum, d_entropy, statistics,
+            d_lse, d_target, d_log_prob, d_sum, d_entropy, statistics,
             hidden, classifier, bias, labels, logit_weight, *rest[:4], needs,
         ),
     )  # fmt: skip
@@ -166,9 +167,9 @@ def test_gradcheck(options):
 def test_gradcheck_of_the_statistics():
     head = make_head((5, 3, 7), bias=True)
 
-    def statistics(hidden: Tensor, classifier: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    def statistics(hidden: Tensor, classifier: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         found = crosscut.token_statistics(hidden, classifier, head.target, linear_bias=bias)
-        return found.lse, found.target_logit
+        return found.lse, found.target_logit, found.log_prob
 
     leaves = [head.input, head.linear_weight, head.linear_bias]
     assert torch.autograd.gradcheck(statistics, [x.clone().requires_grad_() for x in leaves])
@@ -439,7 +440,8 @@ def test_matmul_flop_sees_what_is_inside():
     forward = matmul_flop(
         lambda: crosscut.linear_cross_entropy(head.input, head.linear_weight, head.target)
     )
-    assert forward == 2 * 64 * 32 * 4096
+    whole = 2 * 64 * 32 * 4096
+    assert whole <= forward <= 1.25 * whole  # some classes are made twice
 
 
 class TestFrozen:

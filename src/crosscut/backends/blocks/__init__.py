@@ -44,7 +44,7 @@ class BlocksBackend:
     def forward(self, problem: HeadProblem, *, for_backward: bool) -> Statistics:
         check_labels(problem)
         filters = _filters_columns(problem)
-        return compute_statistics(problem, filter_columns=for_backward and filters, scouts=filters)
+        return compute_statistics(problem, filter_columns=for_backward and filters)
 
     def forward_like(self, problem: HeadProblem, *, for_backward: bool) -> Statistics:
         num_tokens, num_classes = problem.hidden.shape[0], problem.classifier.shape[0]

@@ -176,6 +176,7 @@ class _Sweep:
         self.problem = problem
         self.needs = needs
         self.logits = LogitBlocks(problem)
+        self.logits.expect(statistics.lse)
         full = self.logits.fast == self.logits.dtype
         self.groups = _group(problem, statistics, cotangents, dense_is_full=full)
         self.low_rank = _LowRank(problem, self.groups, statistics.lse)

@@ -77,14 +77,13 @@ def column_blocks(num_tokens: int) -> int:
     return math.ceil(num_tokens / BLOCK_N)
 
 
-def compute_statistics(problem: HeadProblem, *, filter_columns: bool, scouts: bool) -> Statistics:
+def compute_statistics(problem: HeadProblem, *, filter_columns: bool) -> Statistics:
     """The statistics of every row that takes part; zeros elsewhere.
 
-    ``scouts`` go first wherever a filter would want them, also if there is none because no gradient
-    is: the statistics are the same bits either way.
+    They are the same bits whether the filter is wanted or not.
     """
     rows = problem.rows
-    sweep = _Sweep(problem, rows, filter_columns=filter_columns, scouts=scouts)
+    sweep = _Sweep(problem, rows, filter_columns=filter_columns)
     if len(rows):
         sweep.visit_scouts()
         for start in range(0, sweep.num_classes, BLOCK_V):
@@ -117,9 +116,7 @@ def compute_statistics(problem: HeadProblem, *, filter_columns: bool, scouts: bo
 class _Sweep:
     """One pass over the vocabulary. Vectors are [R], for the R rows that take part."""
 
-    def __init__(
-        self, problem: HeadProblem, rows: Tensor, *, filter_columns: bool, scouts: bool
-    ) -> None:
+    def __init__(self, problem: HeadProblem, rows: Tensor, *, filter_columns: bool) -> None:
         self.problem = problem
         self.logits = LogitBlocks(problem)
         self.num_classes = problem.classifier.shape[0]
@@ -138,6 +135,7 @@ class _Sweep:
         # there is one the logit of the token's own class. Always finite.
         finite = self.own_logit.isfinite()
         self.reference = torch.where(finite, self.own_logit, 0).to(self.logits.dtype)
+        self.logits.expect(self.reference)
 
         self.target_rank = torch.zeros_like(rows)
         self.best_class = torch.zeros_like(rows)  # of all but the target
@@ -148,8 +146,7 @@ class _Sweep:
         self.mean_row = zeros.new_zeros(problem.classifier.shape[1])  # [D], logit_weight @ C
 
         self.filter_columns = filter_columns
-        wants_scouts = scouts or self.logits.fast != self.logits.dtype
-        most = min(MAX_SCOUTS, self.num_classes // 16) if wants_scouts else 0
+        most = min(MAX_SCOUTS, self.num_classes // 16)
         self.scouts = _most_frequent(self.labels[self.labels >= 0], most)  # sorted
         blocks = column_blocks(problem.labels.shape[0]) if filter_columns else 0
         self.column_mass = zeros.new_zeros(blocks, self.num_classes)
@@ -340,13 +337,15 @@ class _Sweep:
         if not len(tokens):
             return
         classifier, bias, hidden = factors
-        classifier, hidden = classifier.to(self.logits.dtype), hidden[tokens].to(self.logits.dtype)
-        moved = reference[tokens] + highest[tokens]
-        again = self.logits.block(classifier, bias, hidden, moved)
-        again.masked_fill_(block[:, tokens] == -math.inf, -math.inf)
-        highest = torch.nan_to_num(again.amax(0), 0, 0, 0)  # what rounding has left of huge ones
-        block[:, tokens] = again.sub_(highest)
-        reference[tokens] = moved + highest
+        classifier = classifier.to(self.logits.dtype)
+        for some in tokens.split(BLOCK_N // 8):
+            moved = reference[some] + highest[some]
+            again = self.logits.block(classifier, bias, hidden[some].to(classifier), moved)
+            again.masked_fill_(block[:, some] == -math.inf, -math.inf)
+            rest = torch.nan_to_num(again.amax(0), 0, 0, 0)  # what rounding has left of huge ones
+            block[:, some] = again.sub_(rest)
+            reference[some] = moved + rest
+        self.logits.expect(reference)
 
     def _add_to_others(
         self, sums: Tensor, reference: Tensor, part: slice, weighted: Tensor | None = None

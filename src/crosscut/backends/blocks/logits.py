@@ -18,6 +18,9 @@ from crosscut.backends.protocol import HeadProblem
 WIDE_BIAS = 8.0
 """Biases this far apart want full precision: where one logit's product is, another's is not."""
 
+HUGE = 2.0**10
+"""Logits of such a size are not known in low precision to what their softmax needs."""
+
 NEGLIGIBLE = -1e4
 """The logarithm of a softmax that is 0 in every dtype: stands for -inf, where 0 * inf would be."""
 
@@ -154,6 +157,11 @@ class LogitBlocks:
             self.activate(block.add_(subtracted), None if bias is None else bias[:, None])
             return block.sub_(reference)
         return block if exact else block.add_(subtracted - reference)
+
+    def expect(self, reference: Tensor) -> None:
+        """Go on in full precision if a low-precision matmul cannot subtract such references."""
+        if self.fast != self.dtype and (reference.abs() > HUGE).any():
+            self.fast = self.dtype
 
     def activate(self, products: Tensor, bias: Tensor | None) -> Tensor:
         """Dot products of hidden states and classifier rows to logits, in place."""

@@ -38,6 +38,7 @@ from crosscut.backends.triton.column_filter import (
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _OLDEST = (8, 0)
+_HAS_TRITON = find_spec("triton") is not None
 
 
 class TritonBackend:
@@ -47,7 +48,7 @@ class TritonBackend:
 
     def why_not(self, problem: HeadProblem) -> str | None:
         device = problem.hidden.device
-        if find_spec("triton") is None:
+        if not _HAS_TRITON:
             return "needs Triton, which is not installed"
         if problem.hidden.dtype not in _DTYPES:
             return f"needs bfloat16, float16 or float32, got {problem.hidden.dtype}"

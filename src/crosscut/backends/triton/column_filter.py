@@ -12,7 +12,7 @@ from torch import Tensor
 from crosscut.backends.protocol import HeadProblem, Statistics
 from crosscut.options import workspace_limit
 
-TAIL_SHARE = 0.15
+TAIL_SHARE = 0.2
 """Of a token's gradient that may be in the tail under ``auto``, in units of the rounding of its
 log-sum-exp, ``finfo.eps |lse|``: what PyTorch's own error in low precision comes from."""
 
