@@ -512,3 +512,22 @@ def test_real_head(real_head: RealHead):
     for (name, value, exact), their_error in zip(pairs(found, true), their_errors, strict=True):
         print(f"{name}: crosscut {error(value, exact):.2e}, PyTorch {their_error:.2e}")
         assert error(value, exact) <= their_error, name
+
+
+def test_ranks_of_equal_logits_in_low_precision(place):
+    """Whole numbers are exact in every dtype: equal logits are sorted by class, always."""
+    backend, device = place
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (
+        torch.randint(-4, 5, (rows, 8), generator=generator).to(device, torch.bfloat16)
+        for rows in (40, 300)
+    )
+    target = torch.randint(300, (40,), generator=generator).to(device)
+    found = crosscut.token_statistics(hidden, weight, target, ranks=True, backend=backend)
+    logits = hidden.double() @ weight.double().t()
+    at_target = logits.gather(1, target[:, None])
+    before = torch.arange(300, device=device) < target[:, None]
+    ahead = (logits > at_target) | ((logits == at_target) & before)
+    assert torch.equal(found.target_rank, ahead.sum(1))
+    first = (logits == logits.amax(1, keepdim=True)).int().argmax(1)
+    assert torch.equal(found.argmax, first)

@@ -284,7 +284,9 @@ class _Sweep:
         """
         bias = None if self.problem.bias is None else self.problem.bias[classes]
         reference = self.reference[part].clone()  # no view: the original is about to move on
-        block = self.logits.block(classifier, bias, hidden, reference)
+        # Ranks compare logits: equal ones must stay so, whatever is subtracted.
+        center = torch.zeros_like(reference) if self.problem.ranks else None
+        block = self.logits.block(classifier, bias, hidden, reference, center)
         if self.weight is not None and self.logits.softcap is not None:
             weight = self.weight[classes].to(block).index_fill(0, seen, 0)
             self.logit_sum[part] += weight @ block + weight.sum() * reference

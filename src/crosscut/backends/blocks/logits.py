@@ -119,6 +119,8 @@ class LogitBlocks:
     def __init__(self, problem: HeadProblem) -> None:
         self.dtype = problem.statistics_dtype
         self.fast = matmul_dtype(problem.hidden.dtype, problem.hidden.device)
+        if problem.ranks:  # of logits that are equal, or nearly
+            self.fast = self.dtype
         self.wide = self.dtype if problem.hidden.device.type == "mps" else torch.float64
         self.scale = problem.options.logit_scale
         self.softcap = problem.options.softcap
