@@ -7,12 +7,11 @@ does. A block whose tokens have no gradient has no say: it keeps nothing but own
 
 **The budget** of a block of n tokens, with ``w = |factor| rest`` the size of a token's gradient,
 
-    sum_v mass[b, v] over the tail  <=  most_tail * sum_n w |lse| / sqrt(sum_n w^2 / n)
+    sum_v mass[b, v] over the tail  <=  most_tail * (mean |lse|) * (sum_n w)^2 / sum_n w^2
 
 What rounding does to a low-precision softmax grows with the size of the logits, and so does what
-may be left out. Where all w are equal, that is a share of each token's gradient, on average
-``most_tail |lse|``. Where few tokens have all of the gradient, they may have most of the tail too:
-the budget lies half way, in the geometric mean, to that.
+may be left out. The last factor is the number of tokens that have the gradient: n where all w are
+equal, 1 where one token has all of it, and may have all of the tail too. The mean is weighted by w.
 
 Classes kept by at least half of the blocks are *popular*: few, and with most of the pairs. They are
 kept by every block, and are a small head of their own. ``popular`` lists them, in ascending order.
@@ -143,9 +142,9 @@ def choose_thresholds_kernel(
     size = tl.abs(factor) * rest
     largest = tl.max(size, 0)  # squares of what is left of it neither overflow nor vanish
     size = tl.where(largest > 0, size / largest, 0.0)
-    mean_square = tl.sum(size * size, 0) / tl.maximum(tl.sum(mine.to(tl.float32), 0), 1.0)
-    budget = most_tail * tl.sum(size * tl.abs(lse), 0)
-    budget = tl.where(mean_square > 0, budget / tl.sqrt(mean_square), 0.0)
+    squares = tl.sum(size * size, 0)
+    budget = most_tail * tl.sum(size * tl.abs(lse), 0) * tl.sum(size, 0)
+    budget = tl.where(squares > 0, budget / squares, 0.0)
     level, surveyor = tl.arange(0, LEVELS), tl.arange(0, SURVEYORS)
     place = tails_ptr + (block * LEVELS + level)[:, None] * surveyors + surveyor[None, :]
     tail = tl.sum(tl.load(place, mask=(surveyor < surveyors)[None, :], other=0.0), 1)  # [LEVELS]

@@ -67,11 +67,10 @@ def block_thresholds(problem: HeadProblem, statistics: Statistics, masses: Tenso
         F.pad(value[valid], (0, -int(valid.sum()) % block_n)).view(-1, block_n)
         for value in (statistics.lse, -statistics.log_prob.expm1())
     )
-    count = F.pad(valid[valid], (0, -int(valid.sum()) % block_n)).view(-1, block_n).sum(1)
     largest = rest.amax(1, True)
     size = torch.where(largest > 0, rest / largest, 0)
-    budget = most_tail(problem) * (size * lse.abs()).sum(1)
-    budget = torch.where(largest[:, 0] > 0, budget / (size.square().sum(1) / count).sqrt(), 0)
+    budget = most_tail(problem) * (size * lse.abs()).sum(1) * size.sum(1)
+    budget = torch.where(largest[:, 0] > 0, budget / size.square().sum(1), 0)
     thresholds = torch.zeros_like(budget)
     for level in range(LEVELS - 1, -1, -1):
         threshold = 2.0 ** (-level / 2)
