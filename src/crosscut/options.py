@@ -16,9 +16,9 @@ GradientPolicy = Literal[
 """How much of the softmax the backward computes.
 
 - ``"auto"``: never less accurate than the standard PyTorch loss in the inputs' dtype, and as fast
-  as the softmax's sparsity allows. In bfloat16 and float16 this is the column filter with the
-  tail correction, or every column where the softmax is flat; in float32 and float64 it is
-  ``"exact"``.
+  as the softmax's sparsity allows. In bfloat16 this is the column filter with the tail
+  correction, or every column where the softmax is flat; in float32 and float64, and with Triton
+  in float16, it is ``"exact"``.
 - ``"filtered"``: the column filter with the tail correction, whatever the dtype.
 - ``"exact"``: every entry of the softmax (2NVD flop to make the logits again, 4NVD for the
   gradients).

@@ -277,8 +277,8 @@ class _Sweep:
         lse = tokens.lse[part]
         bias = None if problem.bias is None else problem.bias[classes]
         finest = tokens.others[part] if hidden.dtype != logits.dtype else None
-        dz = logits.block(classifier, bias, hidden, lse, finest).sub_(tokens.lse_low[part])
-        slope = logits.slope(dz, lse)
+        dz, slope = logits.sloped_block(classifier, bias, hidden, lse, finest)
+        dz.sub_(tokens.lse_low[part])
         d_entropy = None if tokens.d_entropy is None else tokens.d_entropy[part]
         dz = softmax_gradient(dz, tokens.factor[part], d_entropy)
         pairs = tokens.labels_of(part)

@@ -128,9 +128,8 @@ def compute_student_gradients(
         teacher_c = teacher.classifier(classes)
 
         def of_part(part: slice) -> Tensor:
-            log_p = student.block(classes, c, part)
+            log_p, slope = student.sloped_block(classes, c, part)
             log_q = teacher.block(classes, teacher_c, part)
-            slope = student.logits.slope(log_p, student.reference[part])
             chosen = rows[part]
             dz = _hard_gradient(problem, found, cotangents, log_p, (classes, chosen))
             soft = _slope(problem, log_p, log_q, found.center[chosen])
@@ -189,8 +188,7 @@ def compute_rest_gradients(
 
     def gradient(classes: slice, c: Tensor) -> Callable[[slice], Tensor]:
         def of_part(part: slice) -> Tensor:
-            log_p = side.block(classes, c, part)
-            slope = side.logits.slope(log_p, side.reference[part])
+            log_p, slope = side.sloped_block(classes, c, part)
             dz = log_p.sub_(low[part]).exp_()
             row, token, k = _find_all(classes, len(dz), labels[part])
             dz[row, token] = 0
@@ -297,11 +295,19 @@ class _Side:
         return self._together[part].to(self.logits.fast)
 
     def block(self, classes: slice, classifier: Tensor, part: slice) -> Tensor:
+        """:meth:`sloped_block` without the slope."""
+        return self.sloped_block(classes, classifier, part, sloped=False)[0]
+
+    def sloped_block(
+        self, classes: slice, classifier: Tensor, part: slice, *, sloped: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """Logits less the reference, [v, n]."""
         bias = None if self.problem.bias is None else self.problem.bias[classes]
         center = None if self.center is None else self.center[part]
         hidden = self.hidden(part)
-        return self.logits.block(classifier, bias, hidden, self.reference[part], center)
+        return self.logits.sloped_block(
+            classifier, bias, hidden, self.reference[part], center, sloped=sloped
+        )
 
     def begin(self, without: Tensor | None = None) -> None:
         """Have the first block made relative to its own log-sum-exp and not to 0.

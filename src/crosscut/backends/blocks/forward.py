@@ -286,14 +286,15 @@ class _Sweep:
         reference = self.reference[part].clone()  # no view: the original is about to move on
         # Ranks compare logits: equal ones must stay so, whatever is subtracted.
         center = torch.zeros_like(reference) if self.problem.ranks else None
-        block = self.logits.block(classifier, bias, hidden, reference, center)
+        block, slope = self.logits.sloped_block(
+            classifier, bias, hidden, reference, center, sloped=self.filter_columns
+        )
         if self.weight is not None and self.logits.softcap is not None:
             weight = self.weight[classes].to(block).index_fill(0, seen, 0)
             self.logit_sum[part] += weight @ block + weight.sum() * reference
         block.index_fill_(0, seen, -math.inf)
         block[find_labels(classes, len(block), self.own[part])] = -math.inf
-        self._make_far_ones_again(block, reference, part, (classifier, bias, hidden))
-        slope = self.logits.slope(block, reference) if self.filter_columns else None
+        self._make_far_ones_again(block, slope, reference, part, (classifier, bias, hidden))
         if self.problem.ranks:
             self._rank(classes, block, reference, part)
         if not self.problem.entropy:
@@ -324,11 +325,12 @@ class _Sweep:
     def _make_far_ones_again(
         self,
         block: Tensor,
+        slope: Tensor | None,
         reference: Tensor,
         part: slice,
         factors: tuple[Tensor, Tensor | None, Tensor],
     ) -> None:
-        """Mend the columns of a block whose highest logit is far from their reference, in place.
+        """Mend columns of a block, and slopes, whose highest logit is far from their reference.
 
         Far above it; or on either side, as long as nothing is known of the others.
         """
@@ -342,7 +344,11 @@ class _Sweep:
         classifier = classifier.to(self.logits.dtype)
         for some in tokens.split(BLOCK_N // 8):
             moved = reference[some] + highest[some]
-            again = self.logits.block(classifier, bias, hidden[some].to(classifier), moved)
+            again, sloped = self.logits.sloped_block(
+                classifier, bias, hidden[some].to(classifier), moved
+            )
+            if slope is not None:
+                slope[:, some] = sloped
             again.masked_fill_(block[:, some] == -math.inf, -math.inf)
             rest = torch.nan_to_num(again.amax(0), 0, 0, 0)  # what rounding has left of huge ones
             block[:, some] = again.sub_(rest)

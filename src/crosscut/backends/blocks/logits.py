@@ -149,16 +149,35 @@ class LogitBlocks:
             reference: [n].
             center: the logit at which rounding is to be finest, [n]; the reference if None.
         """
+        return self.sloped_block(classifier, bias, hidden, reference, center, sloped=False)[0]
+
+    def sloped_block(
+        self,
+        classifier: Tensor,
+        bias: Tensor | None,
+        hidden: Tensor,
+        reference: Tensor,
+        center: Tensor | None = None,
+        *,
+        sloped: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """A block, and the derivative of the softcap at its logits [v, n]; None where it is 1."""
         exact = center is None and hidden.dtype == self.dtype
         finest = reference if center is None else center
         low = finest if self._plain else self._before_softcap(finest)
         low = low.to(hidden.dtype)  # what the matmul can subtract before it rounds
         block = F.linear(classifier, hidden, -low).to(self.dtype)  # [v, n]
         subtracted = low.to(self.dtype)
-        if not self._plain:
-            self.activate(block.add_(subtracted), None if bias is None else bias[:, None])
-            return block.sub_(reference)
-        return block if exact else block.add_(subtracted - reference)
+        if self._plain:
+            return (block if exact else block.add_(subtracted - reference)), None
+        slope = None
+        block = self._before_tanh(block.add_(subtracted), None if bias is None else bias[:, None])
+        if self.softcap is not None:
+            block.div_(self.softcap).tanh_()
+            if sloped:  # before anything else rounds: near the softcap it is next to nothing
+                slope = (1 - block.square()).clamp_min_(0)
+            block.mul_(self.softcap)
+        return block.sub_(reference), slope
 
     def expect(self, reference: Tensor) -> None:
         """Go on in full precision if a low-precision matmul cannot subtract such references."""
@@ -167,20 +186,17 @@ class LogitBlocks:
 
     def activate(self, products: Tensor, bias: Tensor | None) -> Tensor:
         """Dot products of hidden states and classifier rows to logits, in place."""
-        if self.scale != 1:
-            products.mul_(self.scale)
-        if bias is not None:
-            products.add_(bias)
+        products = self._before_tanh(products, bias)
         if self.softcap is not None:
             products.div_(self.softcap).tanh_().mul_(self.softcap)
         return products
 
-    def slope(self, block: Tensor, reference: Tensor) -> Tensor | None:
-        """Derivative of the softcap at the logits of a block, [v, n]; None where it is 1."""
-        if self.softcap is None:
-            return None
-        slope = (block + reference).div_(self.softcap).square_().neg_().add_(1)
-        return slope.clamp_min_(0)  # a logit may be rounded to more than the softcap
+    def _before_tanh(self, products: Tensor, bias: Tensor | None) -> Tensor:
+        if self.scale != 1:
+            products.mul_(self.scale)
+        if bias is not None:
+            products.add_(bias)
+        return products
 
     def _before_softcap(self, logit: Tensor) -> Tensor:
         """The dot product whose logit this is: where rounding should be finest.

@@ -92,14 +92,16 @@ def entry_above(num_tokens: int) -> float:
 def filters_columns(problem: HeadProblem) -> bool:
     """Whether the forward is to find out which columns to keep.
 
-    In float32 PyTorch's loss is good to 1e-5: no room for a filter. A logit sum has a gradient at
+    Column masses are bfloat16, and a gradient of float16 or float32 is to be better than that: no
+    room for a filter, unless one is asked for. A logit sum has a gradient at
     every logit, and a bias one in every class: they take the exact path. So do several targets a
     token: the lists of kept pairs know of one.
     """
-    low_precision = problem.hidden.dtype in (torch.bfloat16, torch.float16)
+    dtype, policy = problem.hidden.dtype, problem.options.policy
+    sparse = policy == "auto" and dtype == torch.bfloat16
+    sparse |= policy == "filtered" and dtype in (torch.bfloat16, torch.float16)
     simple = problem.bias is None and problem.logit_weight is None and problem.labels.dim() == 1
-    sparse = problem.options.policy in ("auto", "filtered")
-    if not (low_precision and simple and sparse and len(problem.labels)):
+    if not (simple and sparse and len(problem.labels)):
         return False
     pairs, everything = room_for_pairs(problem, lends=False).pairs, token_blocks(problem)
     everything *= len(problem.classifier)
