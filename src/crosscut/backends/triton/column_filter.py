@@ -22,7 +22,7 @@ LEVELS = 16
 MOST_KEPT = 9 * 2**10
 """Pairs (block of tokens, class) of a block that there is always room for, on average."""
 
-ENTRIES_PER_TOKEN = 640
+ENTRIES_PER_TOKEN = 400
 """Entries of dC that there is room for."""
 
 POPULAR_BYTES = 3 * 2**25

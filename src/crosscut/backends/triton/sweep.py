@@ -289,6 +289,11 @@ def side_by_side(
             if d_targets is not None and lift is not None:
                 d_targets *= lift
             labels = own
+    # One kernel, whichever statistics have a gradient.
+    zeros = statistics.lse.new_zeros(1).expand(len(statistics.lse))
+    d_lse, d_target, d_log_prob = (
+        zeros if given is None else given for given in (d_lse, d_target, d_log_prob)
+    )
     of_tokens = PerToken(
         own=labels,
         lse=statistics.lse,
