@@ -79,13 +79,13 @@ def bench(arguments: list[str]) -> None:
 def coverage(arguments: list[str]) -> None:
     """Every model of transformers in miniature, deferred and not; some, if named. Takes minutes."""
     setup([])
-    tool("python", "tests/huggingface_coverage.py", *arguments)
+    tool("python", "tests/programs/huggingface_coverage.py", *arguments)
 
 
 def compiled(arguments: list[str]) -> None:
     """Every causal language model in miniature under torch.compile; some, if named."""
     setup([])
-    tool("python", "tests/huggingface_compiled.py", *arguments)
+    tool("python", "tests/programs/huggingface_compiled.py", *arguments)
 
 
 def fuzz(arguments: list[str]) -> None:

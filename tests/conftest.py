@@ -6,36 +6,18 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
+from support.heads import RealHead
 from support.interpreter import round_to_bfloat16
 from support.judging import Head, make_head
-from torch import Tensor
+from support.places import INTERPRETED, INTERPRETER_LOGITS
 
 from crosscut import backends
-
-INTERPRETED = find_spec("triton") is not None and not torch.cuda.is_available()
-"""Whether Triton's kernels run in its interpreter: slowly, and without a GPU."""
-
-INTERPRETER_LOGITS = 10_000
-"""Most logits N * V of a head in the interpreter."""
-
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=(
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-        ),
-    ),
-]
-"""For what is the same code on each."""
 
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
@@ -127,19 +109,6 @@ def _is_worth_interpreting(item: pytest.Item) -> bool:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-class RealHead(NamedTuple):
-    """The output head of Gemma 3 270M and what goes into it: V=262144, D=640."""
-
-    hidden: Tensor  # [16384, 640] bfloat16: 16 windows of 1024 tokens
-    labels: Tensor  # [16384] int64: the token that follows each
-    classifier: Tensor  # [262144, 640] bfloat16
-
-    def window(self, index: int, length: int = 1024) -> tuple[Tensor, Tensor]:
-        """Hidden states and labels of ``length`` tokens from the first of a window of 1024 on."""
-        part = slice(1024 * index, 1024 * index + length)
-        return self.hidden[part], self.labels[part]
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import RealHead
+from support.heads import RealHead
 from support.judging import error
 from torch import Tensor
 

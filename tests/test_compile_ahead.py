@@ -46,7 +46,7 @@ def test_whatever_is_launched_can_be_compiled_ahead() -> None:
 def test_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    script = Path(__file__).with_name("compile_ahead.py")
+    script = Path(__file__).parent / "programs" / "compile_ahead.py"
     done = subprocess.run(
         [sys.executable, script], env=environment, capture_output=True, text=True, check=False
     )

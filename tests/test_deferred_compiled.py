@@ -13,15 +13,28 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.deferred import (
+    BIAS,
+    FLAT,
+    IDS,
+    MASK,
+    B,
+    D,
+    Doubled,
+    Program,
+    T,
+    V,
+    ce,
+    head,
+    hidden_states,
+)  # fmt: skip
 from support.judging import error, rounding
-from test_huggingface import BIAS, FLAT, IDS, MASK, B, D, Doubled, T, V, ce, head, hidden_states
 from torch import Tensor
 
 from crosscut.integrations import huggingface
 from crosscut.integrations.huggingface import LogitsMaterializedError, materialize
 
 SQUARE = torch.randn(V, V, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-Program = Callable[[Tensor], Tensor]
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICES, INTERPRETED, RealHead
 from support import judging, reference
+from support.heads import RealHead
 from support.judging import Head, cotangents, error, make_head, outcome, pairs, rounding
 from support.memory import CLASSES, MIB, TOKENS, WORKSPACE, head_of, peak
+from support.places import DEVICES, INTERPRETED
 from torch import Tensor
 
 import crosscut

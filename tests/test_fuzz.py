@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from conftest import INTERPRETED
 from fuzz.generator import MODES, draw
 from fuzz.judge import Run, judge, run_plain, runner
 from fuzz.problem import Problem
 from fuzz.shrinker import shrink
+from support.places import INTERPRETED
 
 import crosscut
 

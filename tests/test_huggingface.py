@@ -19,6 +19,23 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from support.deferred import (
+    BIAS,
+    CLASS_WEIGHT,
+    FLAT,
+    IDS,
+    LABELS,
+    MASK,
+    B,
+    D,
+    Doubled,
+    Program,
+    T,
+    V,
+    ce,
+    head,
+    hidden_states,
+)  # fmt: skip
 from support.judging import error, rounding
 from torch import Tensor, nn
 
@@ -26,34 +43,6 @@ import crosscut
 from crosscut.integrations import huggingface
 from crosscut.integrations.deferred import DeferredLogits
 from crosscut.integrations.huggingface import DeferredLinear, eager_logits, is_deferred, materialize
-
-B, T, D, V = 2, 6, 5, 11
-Program = Callable[[Tensor], Tensor]
-
-gen = torch.Generator().manual_seed(3)
-IDS = torch.randint(V, (B, T), generator=gen)
-LABELS = IDS.clone()
-LABELS[0, :2] = -100
-FLAT = LABELS.reshape(-1)
-CLASS_WEIGHT = torch.rand(V, generator=gen, dtype=torch.float64)
-BIAS = torch.randn(V, generator=gen, dtype=torch.float64)
-MASK = torch.rand(B, T, generator=gen) < 0.6
-
-
-def head(*, bias: bool = True, deferred: bool = True, **options: Any) -> nn.Linear:
-    torch.manual_seed(0)
-    made = nn.Linear(D, V, bias=bias, dtype=torch.float64)
-    if not deferred:
-        return made
-    options = {"min_numel": 0, "on_materialize": "silent", **options}
-    layer = DeferredLinear(D, V, bias=bias, dtype=torch.float64, **options)
-    layer.load_state_dict(made.state_dict())
-    return layer
-
-
-def hidden_states() -> Tensor:
-    values = torch.randn(B, T, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return (2 * values).requires_grad_()
 
 
 def run(layer: nn.Linear, program: Program) -> list[Tensor]:
@@ -81,10 +70,6 @@ def assert_same(program: Program, *, bias: bool = True) -> nn.Linear:
 def log_of(layer: nn.Linear) -> Any:
     assert isinstance(layer, DeferredLinear)
     return layer.deferral.log
-
-
-def ce(logits: Tensor, **options: Any) -> Tensor:
-    return F.cross_entropy(logits.reshape(-1, V), FLAT, **options)
 
 
 def softcapped(logits: Tensor) -> Tensor:
@@ -181,16 +166,6 @@ def test_fused(name, bias):
     log = log_of(assert_same(FUSED[name], bias=bias))
     assert log.fused
     assert not log.materialized
-
-
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        return args[0] * 2
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Tensor:
-        return grads[0] * 2
 
 
 class Identity(torch.autograd.Function):

@@ -47,7 +47,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     if not torch.distributed.is_available():
         pytest.skip("PyTorch without torch.distributed")
     file = tmp_path_factory.mktemp("ranks") / "results.pt"
-    script = Path(__file__).with_name("huggingface_ranks.py")
+    script = Path(__file__).parent / "programs" / "huggingface_ranks.py"
     ran = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
          str(script), str(file), *KINDS],

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.judging import FACTOR, error, rounding
 from torch import Tensor
 
 import crosscut
@@ -17,14 +16,10 @@ from crosscut.integrations import huggingface
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-import huggingface_zoo as zoo
-from test_huggingface_models import FEW, entry_of
+from support.tiny_models import tiny
+from support.training import assert_as_good, assert_losses
 
 IDS = torch.randint(4, 90, (16, 12), generator=torch.Generator().manual_seed(5))
-
-
-def tiny() -> Any:
-    return zoo.build(entry_of("LlamaForCausalLM", FEW["LlamaForCausalLM"]))
 
 
 def pair(**options: Any) -> tuple[Any, Any]:
@@ -53,30 +48,6 @@ def materialised(model: Any) -> int:
 def three() -> tuple[Any, Any, Any]:
     """A deferred model, the untouched one, and the truth in float64."""
     return (*pair(), tiny().double())
-
-
-def assert_as_good(ours: Any, theirs: Any, exact: Any, dtype: torch.dtype = torch.float32) -> None:
-    """What training did to the weights, beside what it does to them in float64."""
-    start, truth = dict(tiny().named_parameters()), dict(exact.named_parameters())
-    for (name, mine), (_, other) in zip(
-        ours.named_parameters(), theirs.named_parameters(), strict=True
-    ):
-        moved = truth[name].detach() - start[name].detach()
-        assert moved.norm() > 0, name
-        own, their = ((x.detach() - start[name].detach()) for x in (mine, other))
-        # A weight is rounded to its dtype at each step, whatever the update.
-        steps = 4 * rounding(mine.dtype) * start[name].norm() / moved.norm()
-        allowed = FACTOR * error(their, moved) + rounding(dtype) + steps
-        assert error(own, moved) <= allowed, name
-
-
-def assert_losses(ours: Any, theirs: Any, exact: Any, dtype: torch.dtype = torch.float32) -> None:
-    mine, other, true = (
-        torch.tensor([e["loss"] for e in trainer.state.log_history if "loss" in e])
-        for trainer in (ours, theirs, exact)
-    )
-    assert len(true) == 3
-    assert error(mine, true) <= FACTOR * error(other, true) + rounding(dtype)
 
 
 class TestTrainer:

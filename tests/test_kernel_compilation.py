@@ -33,7 +33,7 @@ KIB = {"cuda:86": 99, "cuda:100": 227, "cuda:120": 99}
 
 def compile_kernels(*arguments: str) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("compile_kernels.py")
+    script = Path(__file__).parent / "programs" / "compile_kernels.py"
     done = subprocess.run(
         [sys.executable, script, *arguments], env=environment, capture_output=True, text=True
     )

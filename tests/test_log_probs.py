@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RealHead
 from support import reference
-from support.heads import skip_if_not_served, sparse_head
+from support.heads import RealHead, skip_if_not_served, sparse_head
 from support.judging import Head, cotangents, error, judge, make_head, outcome, pairs, rounding
 from support.memory import MIB, TOKENS, WORKSPACE, head_of, peak
 from support.reference import entropy_of, reference_entropy, reference_log_probs, shifted

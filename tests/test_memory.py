@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import RealHead
+from support.heads import RealHead
 from support.judging import Head
 from support.memory import CLASSES, CPU, LOGITS, MIB, TOKENS, WORKSPACE, head_of, peak
 from torch import Tensor

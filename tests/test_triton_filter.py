@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import INTERPRETED
 from support import reference
 from support.judging import (
     Head,
@@ -23,6 +22,7 @@ from support.judging import (
     outcome,
     rounding,
 )
+from support.places import INTERPRETED
 from torch import Tensor
 
 import crosscut

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICES
 from support.judging import FACTOR, cotangents, error, make_head, rounding
+from support.places import DEVICES
 from torch import Tensor
 
 import crosscut
@@ -23,7 +23,8 @@ from crosscut.integrations.huggingface import HeadNotDeferredWarning
 pytest.importorskip("trl")
 import datasets
 import trl
-from test_huggingface_trainers import assert_as_good, assert_losses, tiny
+from support.tiny_models import tiny
+from support.training import assert_as_good, assert_losses
 from trl.trainer import utils
 
 NAME = "_ChunkedLogProbFunction"

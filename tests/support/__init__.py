@@ -1,1 +1,1 @@
-"""What tests share. No test imports another."""
+"""What tests share."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 import crosscut
 from crosscut.options import GradientPolicy
@@ -61,3 +62,16 @@ def skip_if_not_served(backend: str, head: Head, policy: GradientPolicy) -> None
     ).verdicts[backend]  # fmt: skip
     if objection:
         pytest.skip(f"{backend}: {objection}")
+
+
+class RealHead(NamedTuple):
+    """The output head of Gemma 3 270M and what goes into it: V=262144, D=640."""
+
+    hidden: Tensor  # [16384, 640] bfloat16: 16 windows of 1024 tokens
+    labels: Tensor  # [16384] int64: the token that follows each
+    classifier: Tensor  # [262144, 640] bfloat16
+
+    def window(self, index: int, length: int = 1024) -> tuple[Tensor, Tensor]:
+        """Hidden states and labels of ``length`` tokens from the first of a window of 1024 on."""
+        part = slice(1024 * index, 1024 * index + length)
+        return self.hidden[part], self.labels[part]

@@ -1,6 +1,6 @@
 """Compile every kernel for GPUs that are not here, by calls that launch it on tensors without data.
 
-    python tests/compile_kernels.py --dtype bfloat16 cuda:90
+    python tests/programs/compile_kernels.py --dtype bfloat16 cuda:90
 
 prints one JSON line a kernel and set of arguments: registers, bytes of stack, which it has if it
 spills, shared memory, whether the assembler makes matrix products wait for each other that were to
@@ -12,13 +12,13 @@ alignment, the tiles that such a GPU is given. ``tf32`` is float32 that may be m
     --few       only some variants
     --shared    stop where shared memory is known, before LLVM: in a third of the time
 
-    python tests/compile_kernels.py --table
+    python tests/programs/compile_kernels.py --table
 
 does so for every card in every dtype, of matrices that TMA does not load too, prints the most
 shared memory that each kernel takes, in KiB, and fails where a card has less. Cards that are given
 the same tiles, and that Triton has the same code for, are compiled for once.
 
-    python tests/compile_kernels.py --too-large cuda:120
+    python tests/programs/compile_kernels.py --too-large cuda:120
 
 launches a forward there (on nothing) with Hopper's tiles, which do not fit: as ``crosscut tune``
 would, and twice as a training does. It prints one JSON line each: what was tried and launched.

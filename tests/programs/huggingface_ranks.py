@@ -11,13 +11,12 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_zoo import build
-from test_huggingface_models import FEW, entry_of
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -28,6 +27,10 @@ from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 import crosscut
 from crosscut.integrations import huggingface
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.tiny_models import tiny
 
 IDS = torch.randint(4, 90, (4, 12), generator=torch.Generator().manual_seed(5))
 
@@ -92,7 +95,7 @@ def run(kind: str, rank: int) -> dict[str, Any]:
     """Every model of one kind."""
     results: dict[str, Any] = {}
     for which in ("deferred", "untouched", "exact"):
-        model: Any = build(entry_of("LlamaForCausalLM", FEW["LlamaForCausalLM"]))
+        model: Any = tiny()
         if which == "exact":
             model = model.double()
         if which == "deferred" and "after" not in kind:

@@ -21,15 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_coverage as coverage
-import huggingface_zoo as zoo
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from crosscut.integrations import huggingface
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "huggingface-compiled.md"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support import zoo
+
+from programs import huggingface_coverage as coverage
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "huggingface-compiled.md"
 
 BACKEND = "aot_eager"
 INDUCTOR = ("LlamaForCausalLM", "Gemma2ForCausalLM", "CohereForCausalLM", "GPT2LMHeadModel")

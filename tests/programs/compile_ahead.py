@@ -1,6 +1,6 @@
 """What the first call of a kind compiles ahead, for an H100 that is not here.
 
-    python tests/compile_ahead.py
+    python tests/programs/compile_ahead.py
 
 prints one JSON line a call: its kernels in order, how many of them were compiled, and whether
 PyTorch's compiler has been imported.
@@ -12,19 +12,23 @@ import functools
 import json
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 import triton
-from compile_kernels import NoDriver
 from triton.runtime import driver
 
 from crosscut.backends.protocol import HeadProblem, Needs
 from crosscut.backends.triton import TritonBackend, compile_ahead
 from crosscut.kernels.launch import ahead
 from crosscut.options import HeadOptions
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from programs.compile_kernels import NoDriver
 
 GPU = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, multi_processor_count=132)
 CALLS: dict[str, dict[str, Any]] = {

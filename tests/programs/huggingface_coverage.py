@@ -24,16 +24,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import huggingface_zoo as zoo
 import torch
-from huggingface_zoo import Entry
-from support.judging import FACTOR, rounding
 from torch import Tensor, nn
 
 import crosscut
 from crosscut.integrations import huggingface
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "huggingface-coverage.md"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support import zoo
+from support.judging import FACTOR, rounding
+from support.zoo import Entry
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "huggingface-coverage.md"
 
 Grads = dict[str, Tensor]
 Loss = Callable[[nn.Module, "Case"], Tensor]
