@@ -96,8 +96,8 @@ def op_arguments(
     if logit_weight:
         weight = torch.rand(300, dtype=torch.promote_types(dtype, torch.float32)) / 300
     return (
-        hidden, classifier, head_bias, labels, weight,
-        softcap, logit_scale, policy, "auto", entropy, ranks, for_backward,
+        hidden, classifier, head_bias, labels, weight, for_backward,
+        softcap, logit_scale, policy, "auto", entropy, ranks,
     )  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def test_opcheck_backward(options, needs):
         torch.ops.crosscut.token_statistics_backward.default,
         (
             d_lse, d_target, d_log_prob, d_sum, d_entropy, statistics,
-            hidden, classifier, bias, labels, logit_weight, *rest[:4], needs,
+            hidden, classifier, bias, labels, logit_weight, *rest, needs,
         ),
     )  # fmt: skip
 
@@ -135,8 +135,8 @@ def test_schema_names_what_the_code_names():
     schema = torch.ops.crosscut.token_statistics.default._schema
     names = [argument.name for argument in schema.arguments]
     assert names == [
-        "hidden", "classifier", "bias", "labels", "logit_weight",
-        "softcap", "logit_scale", "policy", "backend", "entropy", "ranks", "for_backward",
+        "hidden", "classifier", "bias", "labels", "logit_weight", "for_backward",
+        "softcap", "logit_scale", "policy", "backend", "entropy", "ranks",
     ]  # fmt: skip
     assert not schema.is_mutable
 
@@ -284,8 +284,8 @@ def test_the_compiler_does_not_look_into_the_operator():
 
     @torch._dynamo.disable(recursive=False)  # pyright: ignore[reportCallIssue]
     def skipped() -> Tensor:
-        arguments = (head.input, head.linear_weight, None, head.target, None, None, 1.0)
-        options = ("exact", "auto", False, False, False)
+        arguments = (head.input, head.linear_weight, None, head.target, None)
+        options = (False, None, 1.0, "exact", "auto", False, False)
         return torch.ops.crosscut.token_statistics.default(*arguments, *options)[0]
 
     found = torch.compile(lambda: skipped() + 1, backend=collect)()

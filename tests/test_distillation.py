@@ -362,8 +362,11 @@ def op_arguments(
     teacher = make_teacher((tokens,), 4, 30, dtype)
     labels = torch.where(torch.arange(tokens) % 4 == 1, -1, head.target)
     return (
-        head.input, head.linear_weight, head.linear_bias, labels, teacher.input, teacher.weight,
-        teacher.bias, [0.0, 1.0], [5.0, 0.5], "js", 0.3, 2.0 if hard else None, backend,
+        head.input, head.linear_weight, head.linear_bias, labels, None,
+        teacher.input, teacher.weight, teacher.bias, labels, None,
+        None, 1.0, "auto", backend, False, False,
+        5.0, 0.5, "auto", backend, False, False,
+        "js", 0.3, 2.0 if hard else None,
     )  # fmt: skip
 
 
@@ -719,9 +722,10 @@ class TestTopK:
         labels = torch.randint(30, (tokens, 3))
         labels[1::3] = -1
         labels[::2, 1] = -1
-        arguments = (hidden, classifier, bias, labels, 5.0, 0.5)
-        lse, logits, low = torch.ops.crosscut.rest.default(*arguments)
-        given = torch.rand_like(lse), torch.rand_like(logits), lse, low
+        options = (5.0, 0.5, "auto", "blocks", False, False)
+        arguments = (hidden, classifier, bias, labels, None, *options)
+        found = list(torch.ops.crosscut.rest.default(*arguments))
+        given = torch.rand_like(found[0]), torch.rand_like(found[1]), found
         torch.library.opcheck(
             torch.ops.crosscut.rest_backward.default, (*given, *arguments, [True, False, True])
         )

@@ -242,7 +242,8 @@ def linear_topk_kl_div(
         _check_top_k(q, problem.labels, teacher_index.shape)
     try:
         if check_flag("tail", tail):
-            loss = _with_tail(q, *distillation_ops.rest(problem), kept)
+            found = distillation_ops.rest(problem)
+            loss = _with_tail(q, found.lse, found.target_logit, kept)
         else:
             found = ops.token_statistics(problem, for_backward=wants_gradient(problem))
             log_p = log_probs_of(problem, found)
@@ -321,6 +322,7 @@ def _teacher_problem(
         HeadOptions(
             softcap=check_softcap("teacher_softcap", softcap),
             logit_scale=check_finite("teacher_logit_scale", number_of_scale(scale)),
+            backend=student.options.backend,
         ),
         ignore_index,
         shift,
@@ -339,4 +341,5 @@ def _teacher_problem(
         hidden=teacher.hidden.detach(),
         classifier=teacher.classifier.detach(),
         bias=None if teacher.bias is None else teacher.bias.detach(),
+        labels=student.labels,
     )
