@@ -35,7 +35,7 @@ def study(head: real_head.RealHead, num_classes: int, tokens: int, times: float)
     d_hidden, d_classifier = dz @ classifier, dz.t() @ hidden
     print(f"V={num_classes}, N={tokens}, logits x {times}")
     for exponent in EXPONENTS:
-        kept_pairs, tail = 0, 0.0
+        select_pairs, tail = 0, 0.0
         ours_hidden = torch.empty_like(d_hidden)
         ours_classifier = torch.zeros_like(d_classifier)
         for start in range(0, tokens, BLOCK):
@@ -43,7 +43,7 @@ def study(head: real_head.RealHead, num_classes: int, tokens: int, times: float)
             mass = p[rows].sum(0)
             kept = mass >= 2.0**exponent
             kept[labels[rows]] = True
-            kept_pairs += int(kept.sum())
+            select_pairs += int(kept.sum())
             column, row = torch.where(kept, 0, mass), (p[rows] * ~kept).sum(1)
             total = column.sum()
             tail += total.item()
@@ -51,7 +51,7 @@ def study(head: real_head.RealHead, num_classes: int, tokens: int, times: float)
             ours_hidden[rows] = some @ classifier + torch.outer(row, column @ classifier) / total
             ours_classifier += some.t() @ hidden[rows]
             ours_classifier += torch.outer(column, row @ hidden[rows]) / total
-        share = kept_pairs * BLOCK / (tokens * num_classes)
+        share = select_pairs * BLOCK / (tokens * num_classes)
         print(
             f"  2^{exponent} kept {share:.4f} tail {tail / tokens:.4f} "
             f"dH {error(ours_hidden, d_hidden):.2e} dC {error(ours_classifier, d_classifier):.2e}",

@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 
 from crosscut.backends.protocol import HeadProblem, Needs, Statistics
 from crosscut.backends.triton import TritonBackend, compile_ahead
-from crosscut.kernels import launch
+from crosscut.device import launch
 from crosscut.options import HeadOptions
 
 NEEDS = Needs(True, True, False)
@@ -53,7 +53,9 @@ def test_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     found = {line["call"]: line for line in map(json.loads, done.stdout.splitlines())}
     first = found["auto"]
-    assert {"linear_lse_kernel", "exact_sweep_kernel", "popular_rows_kernel"} <= {*first["kernels"]}
+    assert {"linear_lse_kernel", "exact_sweep_kernel", "d_classifier_of_hot_kernel"} <= {
+        *first["kernels"]
+    }
     assert len({*first["kernels"]}) <= first["compiled"] <= len(first["kernels"])
     for name in ("auto again", "auto, another N", "auto, one token"):
         assert found[name]["kernels"] == first["kernels"]

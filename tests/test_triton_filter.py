@@ -95,7 +95,7 @@ def test_the_tail_keeps_the_sums_of_the_softmax(drop_below):
 @pytest.mark.parametrize("ignored", [0.0, 0.4])
 @pytest.mark.parametrize("shape", [(50, 37, 900), (33, 330, 300)], ids=str)
 def test_more_than_one_tile(shape, ignored, drop_below):
-    """Of popular classes, or of dimensions that are worked on together; TMA loads none of them."""
+    """Of hot classes, or of dimensions that are worked on together; TMA loads none of them."""
     drop_below(2.0**-9)
     head = peaked(shape, ignored=ignored)
     assert kept(head, policy="filtered") < 1
@@ -104,7 +104,7 @@ def test_more_than_one_tile(shape, ignored, drop_below):
     )
 
 
-@pytest.mark.parametrize("rows", [slice(0, 3), slice(99, 100)], ids=["popular", "rare"])
+@pytest.mark.parametrize("rows", [slice(0, 3), slice(99, 100)], ids=["hot", "rare"])
 def test_rows_of_popular_and_of_other_classes(rows, drop_below):
     """A class kept by most blocks, and one kept by a single block, are made by two kernels."""
     drop_below(2.0**-9)
@@ -133,7 +133,7 @@ def test_a_flat_softmax_gets_the_exact_gradient(monkeypatch, drop_below):
         right = getattr(true, which)
         assert error(getattr(found, which), right) <= 1.1 * error(getattr(exact, which), right)
     # Where there is none, the exact sweep does it.
-    monkeypatch.setattr(column_filter, "MOST_KEPT", 3)
+    monkeypatch.setattr(column_filter, "MOST_SELECTED", 3)
     for auto, exact in zip(ours(head)[:3], ours(head, policy="exact")[:3], strict=True):
         assert auto is not None
         assert exact is not None
@@ -144,7 +144,7 @@ def test_a_flat_softmax_gets_the_exact_gradient(monkeypatch, drop_below):
 def test_a_smaller_budget_keeps_more(monkeypatch, drop_below, share):
     """Each block's own: the first threshold whose tail is light enough, in report and kernels."""
     from crosscut.backends.triton import column_filter, filtered
-    from crosscut.kernels.kept_pairs import kept_pairs
+    from crosscut.kernels.selected_pairs import select_pairs
 
     drop_below(0.3)
     head = peaked((60, 48, 190))
@@ -153,10 +153,10 @@ def test_a_smaller_budget_keeps_more(monkeypatch, drop_below, share):
     calls = []
 
     def spy(column_mass, *others, **options):
-        calls.append((column_mass, kept_pairs(column_mass, *others, **options)))
+        calls.append((column_mass, select_pairs(column_mass, *others, **options)))
         return calls[-1][1]
 
-    monkeypatch.setattr(filtered, "kept_pairs", spy)
+    monkeypatch.setattr(filtered, "select_pairs", spy)
     monkeypatch.setattr(column_filter, "TAIL_SHARE", share)
     found = crosscut.gradient_sparsity(
         head.input, head.linear_weight, head.target, backend="triton"
@@ -164,7 +164,7 @@ def test_a_smaller_budget_keeps_more(monkeypatch, drop_below, share):
     result = ours(head)
     masses, pairs = calls[0]
     left_out = masses.float() < pairs.threshold[0, :, None]
-    left_out[:, pairs.popular[: pairs.popular_count[0]]] = False
+    left_out[:, pairs.hot[: pairs.hot_count[0]]] = False
     assert len(pairs.threshold[0].unique()) > 1  # what one block needs, another does not
     assert found.tail == pytest.approx(0.3 * masses.float()[left_out].sum().item() / 60, rel=1e-4)
     assert found.kept == (~left_out).double().mean()
@@ -204,7 +204,7 @@ def test_pairs_that_do_not_fit_get_the_exact_gradient(monkeypatch):
 
     head = peaked((40, 32, 150))
     filtered = ours(head)
-    monkeypatch.setattr(column_filter, "MOST_KEPT", 3)
+    monkeypatch.setattr(column_filter, "MOST_SELECTED", 3)
     assert kept(head) == 1
     for auto, exact in zip(ours(head)[:3], ours(head, policy="exact")[:3], strict=True):
         assert auto is not None
@@ -217,14 +217,14 @@ def test_pairs_that_do_not_fit_get_the_exact_gradient(monkeypatch):
 def test_popular_classes_count_in_blocks_of_ignored_tokens(monkeypatch, drop_below, pairs, fits):
     from crosscut.backends import triton
     from crosscut.backends.triton import filtered
-    from crosscut.backends.triton.column_filter import Room
+    from crosscut.backends.triton.column_filter import Capacity
 
     drop_below(2.0**-7)
     head = peaked((160, 32, 3000))
     head.target[16:] = -100  # one block in ten has a token
     for module in (triton, filtered):
-        room = Room(pairs, 375, 3000, 0)
-        monkeypatch.setattr(module, "room_for_pairs", lambda problem, lends, room=room: room)
+        room = Capacity(pairs, 375, 3000, 0)
+        monkeypatch.setattr(module, "capacity_for_pairs", lambda problem, lends, room=room: room)
     assert (kept(head, policy="filtered") < 1) == fits
     exact = ours(head, policy="exact")
     assert torch.equal(ours(head, policy="filtered").d_weight, exact.d_weight) != fits
@@ -233,32 +233,34 @@ def test_popular_classes_count_in_blocks_of_ignored_tokens(monkeypatch, drop_bel
 def test_lists_in_rows_of_the_gradient(monkeypatch, drop_below):
     """The same bits as with memory of their own; and every row is written in the end."""
     from crosscut.backends.triton import filtered
-    from crosscut.backends.triton.column_filter import Room
-    from crosscut.kernels.scratch import Scratch
+    from crosscut.backends.triton.column_filter import Capacity
+    from crosscut.device.workspace import Workspace
 
     drop_below(2.0**-9)
     head = peaked((64, 256, 700))
     monkeypatch.setattr(
-        filtered, "room_for_pairs", lambda problem, lends: Room(2800, 256, 150, 550)
+        filtered, "capacity_for_pairs", lambda problem, lends: Capacity(2800, 256, 150, 550)
     )
     monkeypatch.setattr(filtered, "_LITTLE", 0)
     made = []
 
-    class Spy(Scratch):
+    class Spy(Workspace):
         def __init__(self, *arguments) -> None:
             super().__init__(*arguments)
             made.append(self)
 
-    monkeypatch.setattr(filtered, "Scratch", Spy)
+    monkeypatch.setattr(filtered, "Workspace", Spy)
     lent = ours(head, policy="filtered")
     assert 150 <= made[-1].taken_from < 600
-    monkeypatch.setattr(filtered, "Scratch", lambda device, *lender: Scratch(device))
+    monkeypatch.setattr(filtered, "Workspace", lambda device, *lender: Workspace(device))
     own = ours(head, policy="filtered")
     assert torch.equal(lent.d_weight, own.d_weight)
     assert lent.d_input is not None
     assert torch.equal(lent.d_input, own.d_input)
-    # Nor does it matter to the rows of popular classes whether they wait for their place.
-    monkeypatch.setattr(filtered, "room_for_pairs", lambda problem, lends: Room(2800, 256, 700, 0))
+    # Nor does it matter to the rows of hot classes whether they wait for their place.
+    monkeypatch.setattr(
+        filtered, "capacity_for_pairs", lambda problem, lends: Capacity(2800, 256, 700, 0)
+    )
     assert torch.equal(lent.d_weight, ours(head, policy="filtered").d_weight)
     assert not torch.equal(lent.d_weight, ours(head, policy="exact").d_weight)
 
@@ -316,22 +318,22 @@ def test_every_class_has_a_workspace(monkeypatch, limit, shape):
 
 
 def test_scratch():
-    from crosscut.kernels.scratch import Scratch
+    from crosscut.device.workspace import Workspace
 
     lender = torch.zeros(100, 64, dtype=torch.bfloat16)
-    scratch = Scratch(CPU, lender, 40)
-    assert scratch.taken_from == 100
-    first = scratch.new(3, 100, dtype=torch.float32).fill_(1)
-    second = scratch.new(10, dtype=torch.bfloat16).fill_(2)
-    assert scratch.taken_from == 100 - 10 - 2
+    workspace = Workspace(CPU, lender, 40)
+    assert workspace.taken_from == 100
+    first = workspace.new(3, 100, dtype=torch.float32).fill_(1)
+    second = workspace.new(10, dtype=torch.bfloat16).fill_(2)
+    assert workspace.taken_from == 100 - 10 - 2
     assert (first.shape, second.shape) == ((3, 100), (10,))
     assert (first == 1).all()
     assert {piece.data_ptr() % 64 for piece in (first, second)} == {lender.data_ptr() % 64}
     assert not lender[:88].any()
-    too_large = scratch.new(10_000, dtype=torch.int32)
+    too_large = workspace.new(10_000, dtype=torch.int32)
     assert too_large.untyped_storage().data_ptr() != lender.data_ptr()
-    assert scratch.taken_from == 88
-    alone = Scratch(CPU)
+    assert workspace.taken_from == 88
+    alone = Workspace(CPU)
     assert alone.new(2, 3, dtype=torch.int8).shape == (2, 3)
     assert alone.taken_from is None
 
@@ -339,7 +341,7 @@ def test_scratch():
 def test_room_for_pairs(monkeypatch):
     """Within what the exact gradient would have, a fixed number at least, a quarter at most."""
     from crosscut.backends.protocol import HeadProblem
-    from crosscut.backends.triton.column_filter import MOST_KEPT, room_for_pairs
+    from crosscut.backends.triton.column_filter import MOST_SELECTED, capacity_for_pairs
     from crosscut.options import LossOptions
 
     def room(tokens: int, classes: int) -> int:
@@ -350,22 +352,22 @@ def test_room_for_pairs(monkeypatch):
             labels=torch.empty(tokens, dtype=torch.int64), logit_weight=None,
             options=LossOptions(),
         )  # fmt: skip
-        return room_for_pairs(problem, lends=False).pairs // max(1, -(-tokens // 16))
+        return capacity_for_pairs(problem, lends=False).pairs // max(1, -(-tokens // 16))
 
     monkeypatch.setattr("crosscut.options._workspace_limit", 2**20)
     assert room(16, 30) == 30
     assert room(16, 200_000) == (2**20 + 16 * 8 * 4) // (16 * 2)
     assert room(16, 100_000) == 25_000
-    assert room(1600, 200_000) == MOST_KEPT
+    assert room(1600, 200_000) == MOST_SELECTED
     assert room(0, 200_000) == 0
 
 
 def test_entries_that_do_not_fit_get_the_exact_gradient(monkeypatch, drop_below):
     from crosscut.backends.triton import filtered
 
-    drop_below(2.0**-7)  # so that some classes are kept by few blocks: only they have entries
+    drop_below(2.0**-7)  # so that some classes are kept by few blocks: only they have nonzeros
     head = peaked((80, 32, 120))
-    monkeypatch.setattr(filtered, "ENTRIES_PER_TOKEN", 0)
+    monkeypatch.setattr(filtered, "NONZEROS_PER_TOKEN", 0)
     for auto, exact in zip(ours(head)[:3], ours(head, policy="exact")[:3], strict=True):
         assert auto is not None
         assert exact is not None
@@ -412,7 +414,7 @@ def test_labels_come_first(num_classes):
     """Among the classes whose log-sum-exp is taken first: each once, the batch's labels before."""
     from crosscut.kernels.flags import flagged_first
     from crosscut.kernels.indexed_matmul import indexed_matmul
-    from crosscut.kernels.tiles import Head
+    from crosscut.kernels.logits_tile import Head
 
     labels = torch.randint(num_classes, (77,))
     labels[::5] = -1
@@ -428,7 +430,15 @@ def test_labels_come_first(num_classes):
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "first_level", "blocks", "num_classes", "most_popular", "late_from", "most_late"),
+    (
+        "num_rows",
+        "first_level",
+        "blocks",
+        "num_classes",
+        "most_hot",
+        "deferred_from",
+        "most_deferred",
+    ),
     [
         (75, 0, 5, 700, 700, 700, 0),
         (75, 14, 5, 3000, 700, 3000, 0),
@@ -442,10 +452,10 @@ def test_labels_come_first(num_classes):
     ],
 )
 def test_lists_of_kept_pairs(
-    num_rows, first_level, blocks, num_classes, most_popular, late_from, most_late
+    num_rows, first_level, blocks, num_classes, most_hot, deferred_from, most_deferred
 ):
-    from crosscut.kernels.kept_pairs import LEVELS, kept_pairs
-    from crosscut.kernels.scratch import Scratch
+    from crosscut.device.workspace import Workspace
+    from crosscut.kernels.selected_pairs import LEVELS, select_pairs
 
     block_n, block_slots = 16, 32
     used = -(-num_rows // block_n)
@@ -468,26 +478,26 @@ def test_lists_of_kept_pairs(
         threshold[used - 1] = torch.inf
     vectors[num_rows:] = 0
     tokens = some_tokens(num_rows, vectors)
-    found = kept_pairs(
-        mass, tokens, torch.empty_like(mass), Scratch(CPU),
+    found = select_pairs(
+        mass, tokens, torch.empty_like(mass), Workspace(CPU),
         block_n=block_n, num_slots=2**18, block_slots=block_slots, most_tail=1.0,
-        most_popular=most_popular, late_from=late_from, most_late=most_late,
+        most_hot=most_hot, deferred_from=deferred_from, most_deferred=most_deferred,
     )  # fmt: skip
 
     reached = torch.where(found.threshold[0] > 1e38, torch.inf, found.threshold[0])
     assert torch.equal(reached[:used], threshold[:used])
     kept = mass >= threshold[:, None]
     kept[used:] = False
-    popular = ((2 * kept.sum(0) >= used) & kept.any(0)).nonzero().flatten()
-    early, late = popular[popular < late_from], popular[popular >= late_from]
-    popular = torch.cat([early, late[:most_late]])[:most_popular]
-    count, num_early = found.popular_count.tolist()
-    assert num_early == min(len(early), most_popular)
-    assert torch.equal(found.popular[:count].long(), popular)
-    assert torch.equal((found.popular_rank >= 0).nonzero().flatten(), popular)
+    hot = ((2 * kept.sum(0) >= used) & kept.any(0)).nonzero().flatten()
+    early, deferred = hot[hot < deferred_from], hot[hot >= deferred_from]
+    hot = torch.cat([early, deferred[:most_deferred]])[:most_hot]
+    count, num_early = found.hot_count.tolist()
+    assert num_early == min(len(early), most_hot)
+    assert torch.equal(found.hot[:count].long(), hot)
+    assert torch.equal((found.hot_rank >= 0).nonzero().flatten(), hot)
     slots = -(-count // block_slots) * block_slots
-    assert (found.popular[count:slots] == -1).all()
-    kept[:, popular] = False
+    assert (found.hot[count:slots] == -1).all()
+    kept[:, hot] = False
     first = slots * blocks
     for block in range(blocks):
         classes = kept[block].nonzero().flatten()
@@ -498,7 +508,7 @@ def test_lists_of_kept_pairs(
         cells = torch.bincount(classes // 64, minlength=-(-num_classes // 64)).cumsum(0)
         assert found.cell_start[block].tolist() == [first, *(first + cells).tolist()]
         tail = torch.where((mass[block] < threshold[block]) & (block < used), mass[block], 0)
-        tail[popular] = 0
+        tail[hot] = 0
         assert torch.equal(found.column_mass[block], tail)
         assert found.tail[block].item() == pytest.approx(float(tail.sum()), rel=1e-5)
         first = next_block
@@ -506,13 +516,13 @@ def test_lists_of_kept_pairs(
 
 
 def test_too_many_pairs_are_not_listed():
-    from crosscut.kernels.kept_pairs import kept_pairs
-    from crosscut.kernels.scratch import Scratch
+    from crosscut.device.workspace import Workspace
+    from crosscut.kernels.selected_pairs import select_pairs
 
     mass, tokens = torch.full((2, 300), torch.inf), some_tokens(32, torch.ones(32, 6))
-    found = kept_pairs(
-        mass, tokens, torch.empty_like(mass), Scratch(CPU), block_n=16, num_slots=512,
-        block_slots=32, most_tail=1e9, most_popular=300, late_from=300, most_late=0,
+    found = select_pairs(
+        mass, tokens, torch.empty_like(mass), Workspace(CPU), block_n=16, num_slots=512,
+        block_slots=32, most_tail=1e9, most_hot=300, deferred_from=300, most_deferred=0,
     )  # fmt: skip
     assert (int(found.num_rows), int(found.exact_rows)) == (-1, 32)
 

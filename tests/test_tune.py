@@ -23,9 +23,9 @@ from crosscut import cli
 from crosscut.bench import BenchError, tune, workloads
 from crosscut.bench.progress import Silent
 from crosscut.cache import cache_directory
-from crosscut.kernels import tiles, tuned
-from crosscut.kernels.tiles import Gpu, Kernel, Tiles, choose_tiles, table, tuning_key
-from crosscut.kernels.tuned import Sizes, Winner
+from crosscut.device import tiles, tuned
+from crosscut.device.tiles import Gpu, Kernel, Tiles, choose_tiles, table, tuning_key
+from crosscut.device.tuned import Sizes, Winner
 
 GPU = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, multi_processor_count=132)
 A100, H100 = Gpu((8, 0), 163 * 1024), Gpu((9, 0), 227 * 1024)
@@ -232,8 +232,8 @@ def test_alternatives_keep_what_kernels_share(
     kernels = [Kernel.LSE, Kernel.GRADIENT, Kernel.MATMUL]
     if dtype != torch.float32:
         kernels += [
-            Kernel.MASS_LSE, Kernel.PAIRS, Kernel.PAIR_MATMUL, Kernel.POPULAR_MATMUL,
-            Kernel.ENTRY_MATMUL,
+            Kernel.MASS_LSE, Kernel.PAIRS, Kernel.PAIR_MATMUL, Kernel.HOT_MATMUL,
+            Kernel.NONZERO_MATMUL,
         ]  # fmt: skip
     tiles = {kernel: table(kernel, dtype, gpu, hidden_size) for kernel in kernels}
     sizes = {kernel: sizes_of(tiles[kernel]) for kernel in kernels}
@@ -253,7 +253,7 @@ def test_alternatives_keep_what_kernels_share(
         steps = {other.block_d for other in everywhere[Kernel.PAIR_MATMUL]}
         slots = {other.block_v for other in everywhere[Kernel.PAIRS]}
         assert all(slot % step == 0 for slot in slots for step in steps)
-        assert all(128 % other.block_d == 0 for other in everywhere[Kernel.POPULAR_MATMUL])
+        assert all(128 % other.block_d == 0 for other in everywhere[Kernel.HOT_MATMUL])
 
 
 def workload(dtype: torch.dtype = BF16) -> workloads.Workload:

@@ -37,7 +37,7 @@ from crosscut.bench.progress import Bars
 from crosscut.bench.results import BenchResult
 from crosscut.bench.run import Plan, run
 from crosscut.cache import writable_cache_directory
-from crosscut.kernels import tuned
+from crosscut.device import tuned
 
 EXIT_FAILED_GATE, EXIT_USAGE = 1, 2
 

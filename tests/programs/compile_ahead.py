@@ -23,7 +23,7 @@ from triton.runtime import driver
 
 from crosscut.backends.protocol import HeadProblem, Needs
 from crosscut.backends.triton import TritonBackend, compile_ahead
-from crosscut.kernels.launch import ahead
+from crosscut.device.launch import ahead
 from crosscut.options import HeadOptions
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

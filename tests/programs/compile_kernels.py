@@ -58,8 +58,8 @@ from crosscut.backends.protocol import (
 )
 from crosscut.backends.triton import TritonBackend, compile_ahead
 from crosscut.backends.triton.distillation import compute_divergences, compute_student_gradients
-from crosscut.kernels import launch, tuned
-from crosscut.kernels.tiles import Gpu, Kernel, gpu_of, table
+from crosscut.device import launch, tuned
+from crosscut.device.tiles import Gpu, Kernel, gpu_of, table
 from crosscut.options import HeadOptions
 
 CARDS = {  # what a program may have of shared memory, KiB, and multiprocessors
@@ -127,7 +127,7 @@ def gpu(target: str) -> Iterator[NoDriver]:
         with (
             mock.patch("torch.cuda.get_device_capability", return_value=card.capability),
             mock.patch("torch.cuda.get_device_properties", return_value=properties),
-            mock.patch("crosscut.kernels.tuned.lookup", return_value=None),
+            mock.patch("crosscut.device.tuned.lookup", return_value=None),
         ):
             yield card
     finally:
@@ -322,7 +322,7 @@ def launch_too_large(card: NoDriver) -> None:
     head = problem(dtype=torch.bfloat16, policy="exact")
     like = TritonBackend().forward_like(head, for_backward=False)
     with (
-        mock.patch("crosscut.kernels.tiles.gpu_of", return_value=Gpu((9, 0), 227 * 1024)),
+        mock.patch("crosscut.device.tiles.gpu_of", return_value=Gpu((9, 0), 227 * 1024)),
         mock.patch.object(launch._Kernel, "__getitem__", launched_for_real),
         mock.patch.object(triton.JITFunction, "run", record),
         only_shared_memory(),

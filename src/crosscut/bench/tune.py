@@ -28,11 +28,11 @@ from crosscut.bench.progress import Progress
 from crosscut.bench.run import yardsticks
 from crosscut.bench.truth import relative_errors, truth
 from crosscut.bench.workloads import Workload
-from crosscut.kernels import tuned
-from crosscut.kernels.tuned import Sizes, Winner
+from crosscut.device import tuned
+from crosscut.device.tuned import Sizes, Winner
 
 if TYPE_CHECKING:  # it needs Triton, which a machine that only shows the file may lack
-    from crosscut.kernels.tiles import Kernel
+    from crosscut.device.tiles import Kernel
 
 MARGIN = 0.02
 """Share of the time of forward and backward that an alternative must save."""
@@ -150,12 +150,12 @@ def plan_for(workload: Workload) -> Plan:
     Not the kernels of the paper's filter, which are for comparison. Those of ``"auto"`` only where
     it leaves anything out: else they have nothing to do.
     """
-    from crosscut.kernels.tiles import Kernel, gpu_of, table
+    from crosscut.device.tiles import Kernel, gpu_of, table
 
     kept = crosscut.gradient_sparsity(workload.hidden, workload.classifier, workload.labels).kept
     of_auto = (
-        Kernel.MASS_LSE, Kernel.PAIRS, Kernel.PAIR_MATMUL, Kernel.ENTRY_MATMUL,
-        Kernel.POPULAR_MATMUL,
+        Kernel.MASS_LSE, Kernel.PAIRS, Kernel.PAIR_MATMUL, Kernel.NONZERO_MATMUL,
+        Kernel.HOT_MATMUL,
     )  # fmt: skip
     policies: dict[Kernel, str] = dict.fromkeys(of_auto if kept < 1 else (), "auto")
     policies |= dict.fromkeys((Kernel.LSE, Kernel.GRADIENT, Kernel.MATMUL), "exact")
@@ -212,7 +212,7 @@ _FLOAT32 = (
 
 def alternatives(kernel: Kernel, dtype: torch.dtype, table: Sizes) -> list[Sizes]:
     """Other sizes to try."""
-    from crosscut.kernels.tiles import Kernel
+    from crosscut.device.tiles import Kernel
 
     if dtype == torch.float32:
         tried = _FLOAT32
@@ -221,7 +221,7 @@ def alternatives(kernel: Kernel, dtype: torch.dtype, table: Sizes) -> list[Sizes
     elif kernel in (Kernel.GRADIENT, Kernel.PAIRS):
         tried = _LOGITS
     else:
-        tried = _ENTRIES if kernel == Kernel.ENTRY_MATMUL else _PRODUCTS
+        tried = _ENTRIES if kernel == Kernel.NONZERO_MATMUL else _PRODUCTS
     found = dict.fromkeys(Sizes(table.block_n, *sizes) for sizes in tried)
     if kernel == Kernel.GRADIENT:
         found = [sizes for sizes in found if sizes.num_warps == table.num_warps]
@@ -291,7 +291,7 @@ class GpuMeter:
 
 def keys_of(workload: Workload, kernels: Iterable[Kernel]) -> dict[Kernel, tuned.Key]:
     """Under which keys a workload's kernels are stored."""
-    from crosscut.kernels.tiles import tuning_key
+    from crosscut.device.tiles import tuning_key
 
     dtype, hidden_size = workload.hidden.dtype, workload.hidden.shape[1]
     return {kernel: tuning_key(kernel, dtype, _tf32(dtype), hidden_size) for kernel in kernels}
@@ -331,7 +331,7 @@ def store(workload: Workload, entries: list[Winner]) -> Path:
 
     What it had for this GPU with another Triton or other kernels goes too. Returns the file.
     """
-    from crosscut.kernels.tiles import Kernel
+    from crosscut.device.tiles import Kernel
 
     place, replaced = tuned.here(workload.hidden.device), keys_of(workload, Kernel).values()
     try:

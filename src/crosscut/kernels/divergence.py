@@ -42,20 +42,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crosscut.kernels.kept_rows import KeptRows
-from crosscut.kernels.launch import kernel
+from crosscut.device.launch import kernel
+from crosscut.device.tiles import Tiles, descriptor, num_programs, tiles_in_group
 from crosscut.kernels.linear_lse import MORE_GROUPS, share_of
-from crosscut.kernels.tiles import (
-    LOG2_E,
-    Head,
-    Tiles,
-    column_part,
-    descriptor,
-    logits_of,
-    num_programs,
-    product_tile,
-    tiles_in_group,
-)
+from crosscut.kernels.logits_tile import LOG2_E, Head, column_part, logits_of, product_tile
+from crosscut.kernels.valid_rows import ValidRows
 
 PARTS = tl.constexpr(4)  # of a tile's classes, one after the other: registers are short
 
@@ -497,7 +488,7 @@ def _group_tiles(pair: Pair, tiles: Tiles) -> int:
     return tiles_in_group(both, tiles)
 
 
-def divergence(pair: Pair, kept: KeptRows, tiles: Tiles) -> Divergence:
+def divergence(pair: Pair, kept: ValidRows, tiles: Tiles) -> Divergence:
     """Divergence, log-sum-exps and center of each token.
 
     Args:

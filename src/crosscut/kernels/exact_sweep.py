@@ -26,10 +26,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crosscut.kernels.launch import kernel
+from crosscut.device.launch import kernel
+from crosscut.device.tiles import Tiles, descriptor, num_programs, tiles_in_group
+from crosscut.kernels.logits_tile import Head
 from crosscut.kernels.softmax_gradient import Tokens, softmax_gradient_kernel
 from crosscut.kernels.tile_matmul import TILE, tile_matmul_kernel
-from crosscut.kernels.tiles import Head, Tiles, descriptor, num_programs, tiles_in_group
 
 
 @triton.jit
@@ -70,7 +71,7 @@ def exact_sweep_kernel(
     dz_right_desc,
     rows_ptr,
     d_hidden_ptr,
-    low_ptr,
+    compensation_ptr,
     d_classifier_ptr,
     class_sum_ptr,
     scale_ptr,
@@ -109,7 +110,7 @@ def exact_sweep_kernel(
             if d_hidden_ptr is not None:
                 tile_matmul_kernel(
                     dz_ptr, dz_left_desc, classifier_ptr, classifier_right_desc, None, None,
-                    num_rows_ptr, scale_ptr, rows_ptr, None, d_hidden_ptr, low_ptr, begin,
+                    num_rows_ptr, scale_ptr, rows_ptr, None, d_hidden_ptr, compensation_ptr, begin,
                     end - begin, hidden_size, 0, width, stride_v, stride_d, False, True, True,
                     LIVE_TILE, MATMUL,
                 )  # fmt: skip

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crosscut.kernels.launch import kernel
+from crosscut.device.launch import kernel
 
 FLAG_CLASSES = 8192
 """Classes that a program ranks."""

@@ -1,6 +1,6 @@
 """The tokens that take part, side by side: what a backward works on.
 
-With ``rows`` as :mod:`.kept_rows` lists them, place i gets token ``rows[i]``:
+With ``rows`` as :mod:`.valid_rows` lists them, place i gets token ``rows[i]``:
 
     hidden[i]   = H[rows[i]]
     own[i]      = y[rows[i]]
@@ -13,8 +13,8 @@ the token's own class y but the logit sum's, ``rest = 1 - p`` the mass of all ot
     factor = d_lse - d_log_prob - d_entropy entropy
     d_own  = d_target + d_log_prob rest + d_lse p - d_entropy p (entropy + log_prob)
 
-Cotangents are multiplied by ``lift`` on the way. Places past the last token are zeros, their label
--1. Program i owns places BLOCK_N i to BLOCK_N (i + 1). Each token is read and written once.
+Cotangents are multiplied by ``loss_scale`` on the way. Places past the last token are zeros, their
+label -1. Program i owns places BLOCK_N i to BLOCK_N (i + 1). Each token is read and written once.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crosscut.kernels.kept_rows import KeptRows
-from crosscut.kernels.launch import kernel
+from crosscut.device.launch import kernel
+from crosscut.kernels.logits_tile import NEGLIGIBLE, one_minus_exp
 from crosscut.kernels.move_rows import BLOCK_D, BLOCK_N, move_to
 from crosscut.kernels.softmax_gradient import Tokens
-from crosscut.kernels.tiles import NEGLIGIBLE, one_minus_exp
+from crosscut.kernels.valid_rows import ValidRows
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def gather_tokens_kernel(
     d_log_prob_ptr,
     d_sum_ptr,
     d_entropy_ptr,
-    lift_ptr,
+    loss_scale_ptr,
     hidden_out_ptr,
     own_out_ptr,
     vectors_ptr,
@@ -86,9 +86,9 @@ def gather_tokens_kernel(
     own = tl.load(own_ptr + rows, mask=valid, other=-1)
     tl.store(own_out_ptr + places, own, mask=inside)
 
-    lift = 1.0
-    if lift_ptr is not None:
-        lift = tl.load(lift_ptr)
+    loss_scale = 1.0
+    if loss_scale_ptr is not None:
+        loss_scale = tl.load(loss_scale_ptr)
     log_prob = tl.load(log_prob_ptr + rows, mask=valid, other=0.0)
     p, rest = tl.exp(log_prob), one_minus_exp(log_prob)
     d_entropy = cotangents_of(d_entropy_ptr, rows, stride_d_entropy)
@@ -104,12 +104,12 @@ def gather_tokens_kernel(
             d_own -= d_entropy * p * (entropy + tl.maximum(log_prob, NEGLIGIBLE))
     vectors = vectors_ptr + places * VECTORS
     if d_entropy_ptr is not None:
-        tl.store(vectors + 6, -d_entropy * lift, mask=inside)
+        tl.store(vectors + 6, -d_entropy * loss_scale, mask=inside)
     d_sum = cotangents_of(d_sum_ptr, rows, stride_d_sum)
     tl.store(vectors, tl.load(lse_ptr + rows, mask=valid, other=0.0), mask=inside)
-    tl.store(vectors + 1, factor * lift, mask=inside)
-    tl.store(vectors + 2, d_own * lift, mask=inside)
-    tl.store(vectors + 3, d_sum * lift, mask=inside)
+    tl.store(vectors + 1, factor * loss_scale, mask=inside)
+    tl.store(vectors + 2, d_own * loss_scale, mask=inside)
+    tl.store(vectors + 3, d_sum * loss_scale, mask=inside)
     tl.store(vectors + 4, tl.load(lse_low_ptr + rows, mask=valid, other=0.0), mask=inside)
     tl.store(vectors + 5, rest, mask=inside)
 
@@ -132,15 +132,15 @@ class PerToken(NamedTuple):
 def gather_tokens(
     hidden: Tensor,
     of_tokens: PerToken,
-    kept: KeptRows,
-    lift: Tensor | None,
+    kept: ValidRows,
+    loss_scale: Tensor | None,
     *,
     combined: bool,
     multiple: int,
 ) -> Tokens:
     """The tokens of ``hidden`` [N, D] that are ``kept``, then zeros up to a multiple of tokens.
 
-    ``lift`` [] float32, or None for 1. ``combined`` says that ``d_lse`` and ``d_target`` are
+    ``loss_scale`` [] float32, or None for 1. ``combined`` says that ``d_lse`` and ``d_target`` are
     ``factor`` and ``d_own`` already.
     """
     num_tokens, hidden_size = hidden.shape
@@ -156,7 +156,7 @@ def gather_tokens(
         kept.rows,
         hidden,
         *of_tokens,
-        lift,
+        loss_scale,
         tokens.hidden,
         tokens.own,
         tokens.vectors,

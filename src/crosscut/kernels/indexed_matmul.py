@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crosscut.kernels.launch import kernel
-from crosscut.kernels.tiles import Head, logits_of
+from crosscut.device.launch import kernel
+from crosscut.kernels.logits_tile import Head, logits_of
 
 BLOCK_N = 16
 BLOCK_D = 128

@@ -44,8 +44,8 @@ the mass of a column in that tile of tokens: of the softmax that the other class
 themselves, ``exp(z - others)``, as a token's gradient is as large as the mass of its others. Their
 log-sum-exp is not known yet: the mass is taken relative to the larger of its running value and a
 lower bound given before (``reference``), and is rather too large. Where asked for, the masses are
-stored, KEPT in place of those of the tokens' own classes. With a softcap every exponential counts
-times its slope, ``1 - (z / softcap)^2``, as in the gradient.
+stored, SELECTED in place of those of the tokens' own classes. With a softcap every exponential
+counts times its slope, ``1 - (z / softcap)^2``, as in the gradient.
 
 **Entropy.** ``W = sum exp(z - max) (z - max)`` runs along with ``S = sum exp(z - max)``, and in the
 end the entropy of the others is ``log S - W / S``. When the maximum moves up by d, ``W`` becomes
@@ -68,25 +68,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crosscut.kernels.kept_rows import KeptRows
-from crosscut.kernels.launch import kernel
-from crosscut.kernels.tiles import (
+from crosscut.device.launch import kernel
+from crosscut.device.tiles import Tiles, descriptor, num_programs, tiles_in_group
+from crosscut.kernels.logits_tile import (
     LOG2_E,
     NEGLIGIBLE,
     Head,
-    Tiles,
     column_part,
-    descriptor,
     dot_tile,
     load_rows,
     logits_of,
-    num_programs,
     product_tile,
     slope_of,
-    tiles_in_group,
 )
+from crosscut.kernels.valid_rows import ValidRows
 
-KEPT = tl.constexpr(float("inf"))  # mass of a column that is not to be left out, whatever it has
+SELECTED = tl.constexpr(float("inf"))  # mass of a column that is selected anyway
 MORE_GROUPS = tl.constexpr(3)  # group counts tried, from the fewest that fit in L2
 
 
@@ -379,7 +376,7 @@ def combine_slices_kernel(
     logit_sum_ptr,
     entropy_ptr,
     ranks,  # (rank, best_class) pointers, or None
-    column_mass_ptr,  # where the columns of own classes are to be KEPT
+    column_mass_ptr,  # where the columns of own classes are to be SELECTED
     num_tokens,
     num_classes,
     programs,
@@ -470,7 +467,7 @@ def combine_slices_kernel(
         own = tl.load(own_ptr + tokens, mask=valid, other=-1)
         known = (own >= 0) & (own < num_classes)
         mass = column_mass_ptr + (place // BLOCK_N).to(tl.int64) * num_classes + own
-        kept = tl.full((BLOCK_N,), KEPT, tl.float32)
+        kept = tl.full((BLOCK_N,), SELECTED, tl.float32)
         tl.store(mass, kept, mask=known)
 
 
@@ -507,8 +504,8 @@ class LinearLse(NamedTuple):
 class Columns(NamedTuple):
     """Column masses to be stored.
 
-    For each tile of BLOCK_N kept rows ``sum_n slope exp(z - others) / unit``, or KEPT for the rows'
-    own classes.
+    For each tile of BLOCK_N valid rows ``sum_n slope exp(z - others) / unit``, or SELECTED for the
+    rows' own classes.
     """
 
     mass: Tensor  # [token tiles, V], any float dtype, contiguous
@@ -518,7 +515,7 @@ class Columns(NamedTuple):
 
 def linear_lse(
     head: Head,
-    kept: KeptRows,
+    kept: ValidRows,
     own: Own,
     tiles: Tiles,
     wanted: Wanted | None = None,

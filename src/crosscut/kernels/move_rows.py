@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crosscut.kernels.launch import kernel
+from crosscut.device.launch import kernel
 
 BLOCK_N = 8
 BLOCK_D = 256

@@ -1,29 +1,29 @@
 """Gradient of the logits of the kept pairs, and what of the softmax they leave.
 
-For each kept pair (block of BLOCK_N tokens b, class v), see :mod:`.kept_pairs`, and each popular
+For each kept pair (block of BLOCK_N tokens b, class v), see :mod:`.selected_pairs`, and each hot
 class in all blocks, its BLOCK_N logits are made again, and
 
     dz[slot, n] = factor[n] p[n, v] slope[n, v]        or d_own[n] slope[n, v] at its own class
 
-(see :mod:`.gather_tokens`) is stored in the dtype of H, side by side. Rows of C of popular classes
+(see :mod:`.gather_tokens`) is stored in the dtype of H, side by side. Rows of C of hot classes
 lie side by side, and TMA loads them; those of the other pairs are gathered. That is all that dH
-needs of the kept pairs. dC is made of the popular classes' pairs, whole, and of single *entries* of
+needs of the kept pairs. dC is made of the hot classes' pairs, whole, and of single *nonzeros* of
 the others: those with
 
-    |dz| > entry threshold |factor| rest        and every own class's,
+    |dz| > nonzero threshold |factor| rest        and every own class's,
 
 where ``rest`` is the mass of all classes but the token's own, as large as its gradient, and
 ``threshold`` that of the block's kept pairs: the flatter the softmax, the smaller what counts.
 
 **Who owns what.** A tile is SLOTS slots of one block. One program a multiprocessor. First the
-popular classes, all tiles of a block before the next block's. Then the first tile of every block,
+hot classes, all tiles of a block before the next block's. Then the first tile of every block,
 the second of every block, and so on: what runs at once gathers its rows of C from one region of the
 vocabulary, and finds them in the L2 cache.
 
 **The rest.** What is left out has row sums and column sums too; they are what stands for it. Here
 the kept softmax ``slope p``, but for the tokens' own classes, is summed, tile by tile: over a
-tile's slots, for each token, of all pairs (``kept_mass``) and of those entries that dC has
-(``entry_mass``); over a pair's tokens, of what is no entry and relative to the token's ``rest``
+tile's slots, for each token, of all pairs (``selected_mass``) and of those nonzeros that dC has
+(``nonzero_mass``); over a pair's tokens, of what is no nonzero and relative to the token's ``rest``
 (into ``column_mass``, in place of 0).
 
 **Cost.** 2 flop a (pair, token, dimension), and 2 bytes written a (pair, token).
@@ -38,21 +38,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crosscut.kernels.kept_pairs import KeptPairs
-from crosscut.kernels.launch import kernel
-from crosscut.kernels.scratch import Scratch
-from crosscut.kernels.softmax_gradient import Tokens
-from crosscut.kernels.tiles import (
+from crosscut.device.launch import kernel
+from crosscut.device.tiles import Tiles, descriptor, num_programs
+from crosscut.device.workspace import Workspace
+from crosscut.kernels.logits_tile import (
     LOG2_E,
     Head,
-    Tiles,
     class_product_tile,
     column_part,
-    descriptor,
     logits_of,
-    num_programs,
     slope_of,
 )
+from crosscut.kernels.selected_pairs import SelectedPairs
+from crosscut.kernels.softmax_gradient import Tokens
 
 TAIL_D = 128
 """Dimensions of a program that sums over a block's tokens."""
@@ -61,27 +59,27 @@ TAIL_D = 128
 class PairGradient(NamedTuple):
     """dz of the kept pairs, and sums of the kept softmax by tile of slots. Float32 but for dz.
 
-    All are scratch. Of popular classes, where all of a pair is entries, there are ``dz`` and the
+    All are workspace. Of hot classes, where all of a pair is nonzeros, there are ``dz`` and the
     two masses, which are equal.
     """
 
     dz: Tensor  # [slots, BLOCK_N]
-    num_entries: Tensor  # [slots] int32
-    kept_mass: Tensor  # [slot tiles, BLOCK_N]
-    entry_mass: Tensor  # [slot tiles, BLOCK_N]
-    rest: Tensor  # [slots], mass of a pair that is in no entry
+    num_nonzeros: Tensor  # [slots] int32
+    selected_mass: Tensor  # [slot tiles, BLOCK_N]
+    nonzero_mass: Tensor  # [slot tiles, BLOCK_N]
+    rest: Tensor  # [slots], mass of a pair that is in no nonzero
 
 
 @triton.jit
-def entry_size(vectors, valid, entry):
-    """What an element of dz must exceed to be an entry of dC, given pointers to vectors."""
+def nonzero_size(vectors, valid, nonzero):
+    """What an element of dz must exceed to be an nonzero of dC, given pointers to vectors."""
     factor = tl.load(vectors + 1, mask=valid, other=0.0)
-    return entry * tl.abs(factor) * tl.load(vectors + 5, mask=valid, other=0.0)
+    return nonzero * tl.abs(factor) * tl.load(vectors + 5, mask=valid, other=0.0)
 
 
 @triton.jit
-def is_entry_of(dz, size, is_own):
-    """Whether an element of dz, as stored, is an entry of dC."""
+def is_nonzero_of(dz, size, is_own):
+    """Whether an element of dz, as stored, is an nonzero of dC."""
     negligible = tl.abs(dz) <= size  # a NaN is not
     return (negligible == 0) | is_own
 
@@ -99,14 +97,14 @@ def pair_gradient_kernel(
     bias_ptr,
     columns_ptr,
     cell_start_ptr,
-    popular_ptr,
-    popular_count_ptr,
+    hot_ptr,
+    hot_count_ptr,
     threshold_ptr,
     column_mass_ptr,
     dz_ptr,
-    num_entries_ptr,
-    kept_mass_ptr,
-    entry_mass_ptr,
+    num_nonzeros_ptr,
+    selected_mass_ptr,
+    nonzero_mass_ptr,
     rest_ptr,
     num_blocks,
     cells,
@@ -117,7 +115,7 @@ def pair_gradient_kernel(
     logit_scale,
     softcap,
     mass_unit,
-    entry,
+    nonzero,
     TILE: tl.constexpr,
 ):
     BLOCK_N: tl.constexpr = TILE[0]
@@ -125,8 +123,8 @@ def pair_gradient_kernel(
     PARTS: tl.constexpr = 4 if SLOTS == 256 else 1  # a whole tile of 256 does not fit in registers
     num_rows = tl.load(num_rows_ptr)
     blocks = tl.cdiv(tl.maximum(num_rows, 0), BLOCK_N)
-    num_popular = tl.load(popular_count_ptr)
-    popular_tiles = tl.cdiv(num_popular, SLOTS)
+    num_hot = tl.load(hot_count_ptr)
+    hot_tiles = tl.cdiv(num_hot, SLOTS)
     most_tiles = 0
     for block in range(blocks):
         start = cell_start_ptr + block * (cells + 1)
@@ -134,19 +132,19 @@ def pair_gradient_kernel(
         most_tiles = tl.maximum(most_tiles, tl.cdiv(pairs, SLOTS))
 
     programs = tl.num_programs(0)
-    for POPULAR in tl.static_range(1, -1, -1):
-        tiles = (popular_tiles if POPULAR else most_tiles) * blocks
+    for HOT in tl.static_range(1, -1, -1):
+        tiles = (hot_tiles if HOT else most_tiles) * blocks
         first_index = tl.program_id(0)
-        if not POPULAR:  # who had fewer of the popular ones goes first
-            first_index = (first_index + programs - popular_tiles * blocks % programs) % programs
+        if not HOT:  # who had fewer of the hot ones goes first
+            first_index = (first_index + programs - hot_tiles * blocks % programs) % programs
         for index in range(first_index, tiles, programs):
-            if POPULAR:
-                block = index // popular_tiles
-                first_rank = index % popular_tiles * SLOTS
+            if HOT:
+                block = index // hot_tiles
+                first_rank = index % hot_tiles * SLOTS
                 rank = first_rank + tl.arange(0, SLOTS)
-                valid_slots = rank < num_popular
+                valid_slots = rank < num_hot
                 slots = rank * num_blocks + block
-                slot_tile = index % popular_tiles * num_blocks + block
+                slot_tile = index % hot_tiles * num_blocks + block
                 some = True
             else:
                 block = index % blocks
@@ -158,8 +156,8 @@ def pair_gradient_kernel(
                 slot_tile = first_slot // SLOTS
                 some = first_slot < end_slot
             if some:
-                if POPULAR:
-                    classes = tl.load(popular_ptr + rank)
+                if HOT:
+                    classes = tl.load(hot_ptr + rank)
                     product = class_product_tile(
                         hidden_ptr, hidden_desc, head_ptr, head_desc, block * BLOCK_N, rank,
                         first_rank, hidden_size, hidden_size, 1, TILE,
@@ -175,7 +173,7 @@ def pair_gradient_kernel(
                 if bias_ptr is not None:
                     bias = tl.load(bias_ptr + classes, mask=valid_slots, other=0.0)
                     bias = bias.to(tl.float32)[:, None]
-                of_block = entry * tl.load(threshold_ptr + num_blocks + block)
+                of_block = nonzero * tl.load(threshold_ptr + num_blocks + block)
                 count = tl.zeros((SLOTS,), tl.int32)
                 rest = tl.zeros((SLOTS,), tl.float32)
                 for part in tl.static_range(PARTS):
@@ -207,20 +205,20 @@ def pair_gradient_kernel(
 
                     sums = slot_tile * BLOCK_N + in_block
                     kept = tl.sum(p, 0)
-                    tl.store(kept_mass_ptr + sums, kept)
-                    if POPULAR:
-                        tl.store(entry_mass_ptr + sums, kept)
+                    tl.store(selected_mass_ptr + sums, kept)
+                    if HOT:
+                        tl.store(nonzero_mass_ptr + sums, kept)
                     else:
-                        size = entry_size(vectors, valid, of_block)[None, :]
-                        is_entry = is_entry_of(dz.to(tl.float32), size, is_own)
-                        count += tl.sum(is_entry.to(tl.int32), 1)
+                        size = nonzero_size(vectors, valid, of_block)[None, :]
+                        is_nonzero = is_nonzero_of(dz.to(tl.float32), size, is_own)
+                        count += tl.sum(is_nonzero.to(tl.int32), 1)
                         others = tl.load(vectors + 5, mask=valid, other=0.0)
                         share = tl.where(others > 0, 1 / others, 0.0)[None, :]
-                        rest += tl.sum(tl.where(is_entry, 0.0, p * share), 1)
-                        tl.store(entry_mass_ptr + sums, tl.sum(tl.where(is_entry, p, 0.0), 0))
+                        rest += tl.sum(tl.where(is_nonzero, 0.0, p * share), 1)
+                        tl.store(nonzero_mass_ptr + sums, tl.sum(tl.where(is_nonzero, p, 0.0), 0))
 
-                if not POPULAR:
-                    tl.store(num_entries_ptr + slots, count)
+                if not HOT:
+                    tl.store(num_nonzeros_ptr + slots, count)
                     rest /= mass_unit
                     tl.store(rest_ptr + slots, rest)
                     mass = column_mass_ptr + block * tl.cast(num_classes, tl.int64) + classes
@@ -231,13 +229,13 @@ def pair_gradient_kernel(
 def pair_gradient(
     head: Head,
     tokens: Tokens,
-    pairs: KeptPairs,
-    of_popular: Tensor,
-    scratch: Scratch,
+    pairs: SelectedPairs,
+    hot_head: Tensor,
+    workspace: Workspace,
     tiles: Tiles,
     *,
     mass_unit: float,
-    entry: float,
+    nonzero: float,
 ) -> PairGradient:
     """Dz of every kept pair, and the sums of what is left. Nothing if ``tokens.num_rows < 0``.
 
@@ -245,25 +243,25 @@ def pair_gradient(
         head: the head; of its hidden states those in ``tokens`` are used.
         tokens: those that take part, side by side, up to a multiple of BLOCK_N.
         pairs: lists with a multiple of BLOCK_V slots a block; ``pairs.column_mass`` gets the rest
-            of each pair whose class is not popular.
-        of_popular: rows of ``head.classifier`` of popular classes, side by side, zeros in the
+            of each pair whose class is not hot.
+        hot_head: rows of ``head.classifier`` of hot classes, side by side, zeros in the
             padding.
-        scratch: where the results go.
+        workspace: where the results go.
         tiles: BLOCK_N tokens x BLOCK_V slots, in steps of BLOCK_D dimensions.
         mass_unit: unit of ``column_mass`` and ``rest``.
-        entry: see the module.
+        nonzero: see the module.
     """
     num_slots = len(pairs.columns)
     slot_tiles = num_slots // tiles.block_v
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return scratch.new(*shape, dtype=dtype)
+        return workspace.new(*shape, dtype=dtype)
 
     found = PairGradient(
         dz=new(num_slots, tiles.block_n, dtype=head.hidden.dtype),
-        num_entries=new(num_slots, dtype=torch.int32),
-        kept_mass=new(slot_tiles, tiles.block_n),
-        entry_mass=new(slot_tiles, tiles.block_n),
+        num_nonzeros=new(num_slots, dtype=torch.int32),
+        selected_mass=new(slot_tiles, tiles.block_n),
+        nonzero_mass=new(slot_tiles, tiles.block_n),
         rest=new(num_slots),
     )
     pair_gradient_kernel[(num_programs(pairs.columns.device),)](
@@ -273,13 +271,13 @@ def pair_gradient(
         tokens.own,
         tokens.vectors,
         head.classifier,
-        of_popular,
-        descriptor(of_popular, (tiles.block_v, tiles.block_d), tiles),
+        hot_head,
+        descriptor(hot_head, (tiles.block_v, tiles.block_d), tiles),
         head.bias,
         pairs.columns,
         pairs.cell_start,
-        pairs.popular,
-        pairs.popular_count,
+        pairs.hot,
+        pairs.hot_count,
         pairs.threshold,
         pairs.column_mass,
         *found,
@@ -291,7 +289,7 @@ def pair_gradient(
         head.logit_scale,
         head.softcap,
         mass_unit,
-        entry,
+        nonzero,
         TILE=tiles.constants,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
@@ -307,10 +305,10 @@ def tail_kernel(
     mass_ptr,
     rows_ptr,
     cell_start_ptr,
-    popular_count_ptr,
+    hot_count_ptr,
     tail_ptr,
-    kept_mass_ptr,
-    entry_mass_ptr,
+    selected_mass_ptr,
+    nonzero_mass_ptr,
     rest_ptr,
     by_token_ptr,
     by_block_ptr,
@@ -332,14 +330,16 @@ def tail_kernel(
     kept = tl.zeros((BLOCK_N,), tl.float32)
     entered = tl.zeros((BLOCK_N,), tl.float32)
     rest = 0.0
-    popular_tiles = tl.where(num_rows < 0, 0, tl.cdiv(tl.load(popular_count_ptr), SLOTS))
-    for index in range(popular_tiles):
-        mass = tl.load(kept_mass_ptr + (index * tl.num_programs(0) + block) * BLOCK_N + in_block)
+    hot_tiles = tl.where(num_rows < 0, 0, tl.cdiv(tl.load(hot_count_ptr), SLOTS))
+    for index in range(hot_tiles):
+        mass = tl.load(
+            selected_mass_ptr + (index * tl.num_programs(0) + block) * BLOCK_N + in_block
+        )
         kept += mass
         entered += mass
     for tile in range(start // SLOTS, start // SLOTS + tl.cdiv(pairs, SLOTS)):
-        kept += tl.load(kept_mass_ptr + tile * BLOCK_N + in_block)
-        entered += tl.load(entry_mass_ptr + tile * BLOCK_N + in_block)
+        kept += tl.load(selected_mass_ptr + tile * BLOCK_N + in_block)
+        entered += tl.load(nonzero_mass_ptr + tile * BLOCK_N + in_block)
         rest += tl.sum(tl.load(rest_ptr + tile * SLOTS + tl.arange(0, SLOTS)), 0)
     tail = tl.load(tail_ptr + block)
     valid = tokens < num_rows
@@ -364,15 +364,15 @@ def tail_kernel(
 def tail_of_tokens(
     tokens: Tokens,
     masses: tuple[Tensor, Tensor],
-    pairs: KeptPairs,
+    pairs: SelectedPairs,
     gradient: PairGradient,
     tiles: Tiles,
 ) -> tuple[Tensor, Tensor]:
     """What stands for the tail, ``x[n] * column_mass[b, v]``, of dH by token and of dC by block.
 
-    ``x`` is ``factor`` times the token's mass that is in no kept pair, or in no entry, over the sum
-    of the column masses that go with it; ``masses`` are that of all classes but the own one, [N]
-    float32, with the rows [N] int32 of the tokens in it.
+    ``x`` is ``factor`` times the token's mass that is in no selected pair, or in no nonzero, over
+    the sum of the column masses that go with it; ``masses`` are that of all classes but the own
+    one, [N] float32, with the rows [N] int32 of the tokens in it.
 
     Returns:
         ``x`` for dH, [blocks * BLOCK_N] float32, 0 past the last token; and ``sum_n x[n] H[n]`` for
@@ -384,8 +384,9 @@ def tail_of_tokens(
     by_block = tokens.hidden.new_empty(blocks, hidden_size, dtype=torch.bfloat16)
     tail_kernel[(blocks, triton.cdiv(hidden_size, TAIL_D))](
         tokens.num_rows, tokens.hidden, tokens.vectors, *masses,
-        pairs.cell_start, pairs.popular_count, pairs.tail, gradient.kept_mass, gradient.entry_mass,
-        gradient.rest, by_token, by_block, cells, hidden_size,
+        pairs.cell_start, pairs.hot_count, pairs.tail,
+        gradient.selected_mass, gradient.nonzero_mass, gradient.rest,
+        by_token, by_block, cells, hidden_size,
         BLOCK_N=tiles.block_n, SLOTS=tiles.block_v, BLOCK_D=TAIL_D,
     )  # fmt: skip
     return by_token, by_block

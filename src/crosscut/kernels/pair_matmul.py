@@ -1,19 +1,19 @@
-"""The products of Algorithm 3 over kept pairs: dH, and the popular classes' rows of dC.
+"""The products of Algorithm 3 over kept pairs: dH, and the hot classes' rows of dC.
 
-With ``dz`` [slots, BLOCK_N] as :mod:`.pair_gradient` stores it, of popular classes ``dz``
-[popular, N],
+With ``dz`` [slots, BLOCK_N] as :mod:`.pair_gradient` stores it, of hot classes ``dz``
+[hot, N],
 
     dH[n]   = scale * (sum_r dz[r, n] head[r] + sum_slot dz[slot, n] C[columns[slot]]  +  x[n] u[b])
-    dC[v]   = scale * sum_n dz[r, n] H[n]                     n in block b, v the r-th popular class
+    dC[v]   = scale * sum_n dz[r, n] H[n]                     n in block b, v the r-th hot class
 
 the last term of dH being the tail's: ``x`` [N] what stands for it by token, ``u[b] = sum_v
-column_mass[b, v] C[v]`` by block. A popular class has no tail. ``head`` is :func:`popular_head`'s.
+column_mass[b, v] C[v]`` by block. A hot class has no tail. ``head`` is :func:`gather_hot_head`'s.
 
                 head, C[columns] [slots of b, D]                H  [N, D]
                 +-----+-----+                                  +-----+-----+
                 |     |#####|  STEP x BLOCK_D                  |     |#####|  STEP x BLOCK_D
                 +-----+-----+                                  +-----+-----+
-    dz^T        dH [block b, D]                 dz             dC [popular, D]
+    dz^T        dH [block b, D]                 dz             dC [hot, D]
     +-----+     +-----+-----+                   +-----+-----+  +-----+-----+
     |#####| --> |     |     |                   |#####|     |->|     |     |
     +-----+     +-----+-----+                   +-----+-----+  +-----+-----+
@@ -21,9 +21,9 @@ column_mass[b, v] C[v]`` by block. A popular class has no tail. ``head`` is :fun
 **Who owns what.** One program a multiprocessor; program i of P owns tiles i, i + P, ... of the
 result: of dH the same D_GROUP tiles of dimensions for all blocks, then the next. What runs at once
 gathers from few columns of C, and dz comes from memory once a group. Every row of dH, and every
-popular row of dC, is written once. Those of late classes, whose memory is still lent (see
-:mod:`.scratch`), are written beside it, and :func:`late_rows` brings each to its place. Sums are in
-one order.
+hot row of dC, is written once. Those of deferred classes, whose memory is still lent (see
+:mod:`crosscut.device.workspace`), are written beside it, and :func:`deferred_rows` brings each to
+its place. Sums are in one order.
 
 **Cost.** 2 flop a (pair, token, dimension).
 """
@@ -33,56 +33,59 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
-from crosscut.kernels.kept_pairs import KeptPairs
-from crosscut.kernels.launch import kernel
+from crosscut.device.launch import kernel
+from crosscut.device.tiles import Tiles, descriptor, num_programs
+from crosscut.kernels.logits_tile import column_part, dot_tile
 from crosscut.kernels.move_rows import move_to
+from crosscut.kernels.selected_pairs import SelectedPairs
 from crosscut.kernels.softmax_gradient import Tokens
-from crosscut.kernels.tiles import Tiles, column_part, descriptor, dot_tile, num_programs
 
 D_GROUP = tl.constexpr(4)
 """Tiles of dimensions that are worked on at a time."""
 
 
 @kernel
-def popular_head_kernel(
-    popular_ptr, popular_count_ptr, classifier_ptr, out_ptr, hidden_size, stride_v, stride_d,
+def gather_hot_head_kernel(
+    hot_ptr, hot_count_ptr, classifier_ptr, out_ptr, hidden_size, stride_v, stride_d,
     SLOTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program i owns every num_programs(0)-th ROWS rows."""
-    count = tl.cdiv(tl.load(popular_count_ptr), SLOTS) * SLOTS
+    count = tl.cdiv(tl.load(hot_count_ptr), SLOTS) * SLOTS
     for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
         rows = first + tl.arange(0, ROWS)
-        classes = tl.load(popular_ptr + rows).to(tl.int64)
+        classes = tl.load(hot_ptr + rows).to(tl.int64)
         move_to(
             out_ptr, rows.to(tl.int64), count, classifier_ptr, classes, None, hidden_size,
             stride_v, stride_d, BLOCK_D,
         )  # fmt: skip
 
 
-def popular_head(out: Tensor, classifier: Tensor, pairs: KeptPairs, *, block_slots: int) -> None:
-    """Fill ``out`` [len(popular), D] with rows of ``classifier`` [V, D], those of popular classes.
+def gather_hot_head(
+    out: Tensor, classifier: Tensor, pairs: SelectedPairs, *, block_slots: int
+) -> None:
+    """Fill ``out`` [len(hot), D] with rows of ``classifier`` [V, D], those of hot classes.
 
     And zeros up to a multiple of ``block_slots`` rows; anything beyond.
     """
-    popular_head_kernel[(8 * num_programs(out.device),)](
-        pairs.popular, pairs.popular_count, classifier, out, out.shape[1], *classifier.stride(),
+    gather_hot_head_kernel[(8 * num_programs(out.device),)](
+        pairs.hot, pairs.hot_count, classifier, out, out.shape[1], *classifier.stride(),
         SLOTS=block_slots, ROWS=8, BLOCK_D=256,
     )  # fmt: skip
 
 
 @kernel
-def hidden_rows_kernel(
+def d_hidden_of_pairs_kernel(
     num_rows_ptr,
     rows_ptr,
     dz_ptr,
     dz_desc,  # [slots, BLOCK_N]
-    popular_dz_desc,  # [popular, blocks * BLOCK_N]
+    hot_dz_desc,  # [hot, blocks * BLOCK_N]
     head_ptr,
     head_desc,
     classifier_ptr,
     columns_ptr,
     cell_start_ptr,
-    popular_count_ptr,
+    hot_count_ptr,
     tail_ptr,  # [N]
     tail_row_ptr,  # [blocks, D]
     scale_ptr,
@@ -101,7 +104,7 @@ def hidden_rows_kernel(
     num_rows = tl.load(num_rows_ptr)
     blocks = tl.cdiv(tl.maximum(num_rows, 0), BLOCK_N)
     d_tiles = tl.cdiv(hidden_size, BLOCK_D)
-    num_popular = tl.load(popular_count_ptr)
+    num_hot = tl.load(hot_count_ptr)
     in_block = tl.arange(0, BLOCK_N)
     for index in range(tl.program_id(0), blocks * d_tiles, tl.num_programs(0)):
         group = index // (blocks * D_GROUP) * D_GROUP
@@ -113,10 +116,10 @@ def hidden_rows_kernel(
         start = tl.load(cell_start_ptr + block * (cells + 1))
         end = tl.load(cell_start_ptr + block * (cells + 1) + cells)
         total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-        for first in range(0, num_popular, STEP):
+        for first in range(0, num_hot, STEP):
             rank = (first + tl.arange(0, STEP)).to(tl.int64)[:, None]
-            if popular_dz_desc is not None:
-                dz = popular_dz_desc.load([first, block * BLOCK_N])
+            if hot_dz_desc is not None:
+                dz = hot_dz_desc.load([first, block * BLOCK_N])
             else:
                 dz = tl.load(dz_ptr + (rank * num_blocks + block) * BLOCK_N + in_block[None, :])
             if head_desc is not None:
@@ -152,14 +155,14 @@ def hidden_rows_kernel(
             tl.store(place, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def hidden_rows(
+def d_hidden_of_pairs(
     out: Tensor,
     tokens: Tokens,
     rows: Tensor,
     dz: Tensor,
     classifier: Tensor,
-    of_popular: Tensor,
-    pairs: KeptPairs,
+    hot_head: Tensor,
+    pairs: SelectedPairs,
     tail: tuple[Tensor, Tensor],
     scale: Tensor,
     tiles: Tiles,
@@ -172,24 +175,24 @@ def hidden_rows(
         rows: their positions, [N] int32.
         dz: [slots, BLOCK_N], zeros in the padding.
         classifier: [V, D].
-        of_popular: its rows of popular classes, of :func:`popular_head`.
+        hot_head: its rows of hot classes, of :func:`gather_hot_head`.
         pairs: the lists; a block's slots are a multiple of BLOCK_D (the step).
         tail: [N] float32 by token and [blocks, D] float32 by block.
         scale: [1] float32.
         tiles: BLOCK_N tokens x BLOCK_V dimensions, in steps of BLOCK_D slots.
     """
-    hidden_rows_kernel[(num_programs(out.device),)](
+    d_hidden_of_pairs_kernel[(num_programs(out.device),)](
         tokens.num_rows,
         rows,
         dz,
         descriptor(dz, (tiles.block_d, tiles.block_n), tiles),
-        descriptor(popular_dz(dz, pairs), (tiles.block_d, tiles.block_n), tiles),
-        of_popular,
-        descriptor(of_popular, (tiles.block_d, tiles.block_v), tiles),
+        descriptor(hot_dz(dz, pairs), (tiles.block_d, tiles.block_n), tiles),
+        hot_head,
+        descriptor(hot_head, (tiles.block_d, tiles.block_v), tiles),
         classifier,
         pairs.columns,
         pairs.cell_start,
-        pairs.popular_count,
+        pairs.hot_count,
         *tail,
         scale,
         out,
@@ -203,24 +206,24 @@ def hidden_rows(
     )
 
 
-def popular_dz(dz: Tensor, pairs: KeptPairs) -> Tensor:
-    """That of popular classes, of ``dz`` [slots, BLOCK_N]: [popular and more, blocks * BLOCK_N]."""
+def hot_dz(dz: Tensor, pairs: SelectedPairs) -> Tensor:
+    """That of hot classes, of ``dz`` [slots, BLOCK_N]: [hot and more, blocks * BLOCK_N]."""
     blocks = len(pairs.tail)
     return dz[: len(dz) // blocks * blocks].view(-1, blocks * dz.shape[1])
 
 
 @kernel
-def popular_rows_kernel(
+def d_classifier_of_hot_kernel(
     num_rows_ptr,
     hidden_ptr,
     hidden_desc,
-    dz_ptr,  # [popular, tokens]
+    dz_ptr,  # [hot, tokens]
     dz_desc,
-    popular_ptr,
-    popular_count_ptr,
+    hot_ptr,
+    hot_count_ptr,
     scale_ptr,
     out_ptr,
-    late_ptr,
+    deferred_ptr,
     num_blocks,
     hidden_size,
     BLOCK_N: tl.constexpr,
@@ -233,7 +236,7 @@ def popular_rows_kernel(
     num_rows = tl.load(num_rows_ptr)
     tokens = tl.cdiv(tl.maximum(num_rows, 0), BLOCK_N) * BLOCK_N
     d_tiles = tl.cdiv(hidden_size, BLOCK_D)
-    count = tl.load(popular_count_ptr)
+    count = tl.load(hot_count_ptr)
     tiles = tl.where(num_rows < 0, 0, tl.cdiv(count, BLOCK_V) * d_tiles)
     for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
         first_rank = index // d_tiles * BLOCK_V
@@ -257,78 +260,78 @@ def popular_rows_kernel(
                 h = tl.load(place, mask=(d < hidden_size)[None, :], other=0.0)
             total = dot_tile(dz, h, total, PRECISION)
 
-        classes = tl.load(popular_ptr + rank, mask=rank < count, other=0).to(tl.int64)
+        classes = tl.load(hot_ptr + rank, mask=rank < count, other=0).to(tl.int64)
         for part in tl.static_range(4):
             d = first_d + part * (BLOCK_D // 4) + tl.arange(0, BLOCK_D // 4)
             value = column_part(total, part, 4, BLOCK_V, BLOCK_D) * tl.load(scale_ptr)
             value = value.to(out_ptr.dtype.element_ty)
             inside = (rank < count)[:, None] & (d < hidden_size)[None, :]
             place = classes[:, None] * hidden_size + d[None, :]
-            if late_ptr is None:
+            if deferred_ptr is None:
                 tl.store(out_ptr + place, value, mask=inside)
             else:
-                late = rank - tl.load(popular_count_ptr + 1)
-                tl.store(out_ptr + place, value, mask=inside & (late < 0)[:, None])
-                place = late[:, None] * hidden_size + d[None, :]
-                tl.store(late_ptr + place, value, mask=inside & (late >= 0)[:, None])
+                deferred = rank - tl.load(hot_count_ptr + 1)
+                tl.store(out_ptr + place, value, mask=inside & (deferred < 0)[:, None])
+                place = deferred[:, None] * hidden_size + d[None, :]
+                tl.store(deferred_ptr + place, value, mask=inside & (deferred >= 0)[:, None])
 
 
 @kernel
-def late_rows_kernel(
-    num_rows_ptr, popular_ptr, popular_count_ptr, late_ptr, out_ptr, hidden_size,
+def deferred_rows_kernel(
+    num_rows_ptr, hot_ptr, hot_count_ptr, deferred_ptr, out_ptr, hidden_size,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program i owns late rows i, i + P, ..."""
-    early = tl.load(popular_count_ptr + 1)
-    late = tl.where(tl.load(num_rows_ptr) < 0, 0, tl.load(popular_count_ptr) - early)
-    for row in range(tl.program_id(0), late, tl.num_programs(0)):
-        target = tl.load(popular_ptr + early + row).to(tl.int64) * hidden_size
+    """Program i owns deferred rows i, i + P, ..."""
+    early = tl.load(hot_count_ptr + 1)
+    deferred = tl.where(tl.load(num_rows_ptr) < 0, 0, tl.load(hot_count_ptr) - early)
+    for row in range(tl.program_id(0), deferred, tl.num_programs(0)):
+        target = tl.load(hot_ptr + early + row).to(tl.int64) * hidden_size
         for first in range(0, hidden_size, BLOCK_D):
             d = first + tl.arange(0, BLOCK_D)
-            value = tl.load(late_ptr + row * hidden_size + d, mask=d < hidden_size)
+            value = tl.load(deferred_ptr + row * hidden_size + d, mask=d < hidden_size)
             tl.store(out_ptr + target + d, value, mask=d < hidden_size)
 
 
-def late_rows(out: Tensor, late: Tensor, tokens: Tokens, pairs: KeptPairs) -> None:
-    """Put the rows of ``late`` where they belong in ``out``. See :func:`popular_rows`."""
-    late_rows_kernel[(num_programs(out.device),)](
-        tokens.num_rows, pairs.popular, pairs.popular_count, late, out, out.shape[1], BLOCK_D=1024
+def deferred_rows(out: Tensor, deferred: Tensor, tokens: Tokens, pairs: SelectedPairs) -> None:
+    """Put the rows of ``deferred`` in their places in ``out``; see :func:`d_classifier_of_hot`."""
+    deferred_rows_kernel[(num_programs(out.device),)](
+        tokens.num_rows, pairs.hot, pairs.hot_count, deferred, out, out.shape[1], BLOCK_D=1024
     )
 
 
-def popular_rows(
+def d_classifier_of_hot(
     out: Tensor,
-    late: Tensor | None,
+    deferred: Tensor | None,
     tokens: Tokens,
     dz: Tensor,
-    pairs: KeptPairs,
+    pairs: SelectedPairs,
     scale: Tensor,
     tiles: Tiles,
 ) -> None:
-    """Fill the rows of ``out`` [V, D] of popular classes. Nothing if ``tokens.num_rows < 0``.
+    """Fill the rows of ``out`` [V, D] of hot classes. Nothing if ``tokens.num_rows < 0``.
 
     Args:
         out: [V, D], contiguous.
-        late: [most_late, D], gets the rows of late classes in place of ``out``; None if there are
-            none.
+        deferred: [most_deferred, D], gets the rows of deferred classes in place of ``out``; None if
+            there are none.
         tokens: those that take part, zeros up to a multiple of BLOCK_N.
         dz: [slots, BLOCK_N].
         pairs: the lists.
         scale: [1] float32.
         tiles: BLOCK_N classes x BLOCK_V dimensions, in steps of BLOCK_D tokens.
     """
-    matrix = popular_dz(dz, pairs)
-    popular_rows_kernel[(num_programs(out.device),)](
+    matrix = hot_dz(dz, pairs)
+    d_classifier_of_hot_kernel[(num_programs(out.device),)](
         tokens.num_rows,
         tokens.hidden,
         descriptor(tokens.hidden, (tiles.block_d, tiles.block_v), tiles),
         matrix,
         descriptor(matrix, (tiles.block_n, tiles.block_d), tiles),
-        pairs.popular,
-        pairs.popular_count,
+        pairs.hot,
+        pairs.hot_count,
         scale,
         out,
-        late,
+        deferred,
         len(pairs.tail),
         out.shape[1],
         BLOCK_N=dz.shape[1],

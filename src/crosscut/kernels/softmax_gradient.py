@@ -39,18 +39,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crosscut.kernels.launch import kernel
-from crosscut.kernels.tiles import (
+from crosscut.device.launch import kernel
+from crosscut.device.tiles import Tiles, descriptor, num_programs, tiles_in_group
+from crosscut.kernels.logits_tile import (
     LOG2_E,
     NEGLIGIBLE,
-    Tiles,
     column_part,
-    descriptor,
     logits_of,
-    num_programs,
     product_tile,
     slope_of,
-    tiles_in_group,
 )
 
 EPSILON = tl.constexpr(2.0**-12)

@@ -27,8 +27,8 @@ and sums are in one order: reruns are bitwise equal.
 
 **Numerics.** Operands in their own dtype, sums in float32. Tokens past the last one are zeros in L.
 A dH that is added to chunk by chunk may be two numbers of two bytes: what it is when rounded, and
-LOW_SCALE times what the rounding left, which together are as good as 16 bits and more. It is
-complete in place, in no more memory than float32.
+COMPENSATION_SCALE times what the rounding left, which together are as good as 16 bits and more. It
+is complete in place, in no more memory than float32.
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from crosscut.kernels.launch import kernel
-from crosscut.kernels.tiles import Tiles, column_part, descriptor, dot_tile, num_programs
+from crosscut.device.launch import kernel
+from crosscut.device.tiles import Tiles, descriptor, num_programs
+from crosscut.kernels.logits_tile import column_part, dot_tile
 
 TILE = 128
 """Tokens, and classes, of a tile of the filter."""
 
-LOW_SCALE = tl.constexpr(2.0**11)
+COMPENSATION_SCALE = tl.constexpr(2.0**11)
 """What rounding leaves is stored times this: as it is, it may be too small for float16."""
 
 
@@ -97,7 +98,7 @@ def tile_matmul_kernel(
     out_rows_ptr,
     row_sum_ptr,
     out_ptr,
-    low_ptr,
+    compensation_ptr,
     begin,
     num_classes,
     hidden_size,
@@ -183,15 +184,17 @@ def tile_matmul_kernel(
                 before = inside
                 if OVERWRITE_FIRST:
                     before &= begin > 0
-                if low_ptr is not None:
-                    low = tl.load(low_ptr + place, mask=before, other=0.0)
-                    value += low.to(tl.float32) * (1 / LOW_SCALE)
+                if compensation_ptr is not None:
+                    low = tl.load(compensation_ptr + place, mask=before, other=0.0)
+                    value += low.to(tl.float32) * (1 / COMPENSATION_SCALE)
                 value += tl.load(out_ptr + place, mask=before, other=0.0).to(tl.float32)
             rounded = value.to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + place, rounded, mask=inside)
-            if low_ptr is not None:
-                low = (value - rounded.to(tl.float32)) * LOW_SCALE
-                tl.store(low_ptr + place, low.to(low_ptr.dtype.element_ty), mask=inside)
+            if compensation_ptr is not None:
+                low = (value - rounded.to(tl.float32)) * COMPENSATION_SCALE
+                tl.store(
+                    compensation_ptr + place, low.to(compensation_ptr.dtype.element_ty), mask=inside
+                )
 
 
 def _launch(
@@ -236,7 +239,7 @@ def _launch(
     )
 
 
-def classifier_gradient(
+def d_classifier_of_chunk(
     out: Tensor,
     dz: Tensor,
     hidden: Tensor,
@@ -263,7 +266,7 @@ def classifier_gradient(
     _launch(dz, hidden, num_rows, live, out, tiles, of_classes=True, scale=scale, out_rows=out_rows)
 
 
-def add_hidden_gradient(
+def add_d_hidden_of_chunk(
     out: Tensor,
     dz: Tensor,
     classifier: Tensor,

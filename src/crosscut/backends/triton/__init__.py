@@ -29,10 +29,10 @@ from crosscut.backends.protocol import (
 from crosscut.backends.triton.column_filter import (
     block_thresholds,
     block_tokens,
+    capacity_for_pairs,
     filters_columns,
+    hot_classes,
     mass_unit,
-    popular_classes,
-    room_for_pairs,
     token_blocks,
 )
 
@@ -124,11 +124,11 @@ class TritonBackend:
         if not masses.numel():
             return 1.0, 0.0
         kept = masses >= block_thresholds(problem, statistics, masses)[:, None]
-        room = room_for_pairs(problem, lends=True)
-        popular = popular_classes(kept, room)
-        kept[:, popular] = True
-        unused = len(statistics.column_mass) - len(masses)  # popular classes are there too
-        if int(kept.sum()) + unused * len(popular) > room.pairs:
+        room = capacity_for_pairs(problem, lends=True)
+        hot = hot_classes(kept, room)
+        kept[:, hot] = True
+        unused = len(statistics.column_mass) - len(masses)  # hot classes are there too
+        if int(kept.sum()) + unused * len(hot) > room.pairs:
             return 1.0, 0.0
         tail = masses[~kept].sum().item() * mass_unit(masses.shape[1])
         return kept.double().mean().item(), tail / num_rows

@@ -19,20 +19,20 @@ log-sum-exp, ``finfo.eps |lse|``: what PyTorch's own error in low precision come
 LEVELS = 16
 """Thresholds that a block can have: level i keeps a pair from a mass of 2**(-i / 2) on."""
 
-MOST_KEPT = 9 * 2**10
+MOST_SELECTED = 9 * 2**10
 """Pairs (block of tokens, class) of a block that there is always room for, on average."""
 
-ENTRIES_PER_TOKEN = 400
-"""Entries of dC that there is room for."""
+NONZEROS_PER_TOKEN = 400
+"""Nonzeros of dC that there is room for."""
 
-POPULAR_BYTES = 3 * 2**25
-"""Room for rows of C of popular classes; half of it where dC lends none."""
+HOT_BYTES = 3 * 2**25
+"""Capacity for rows of C of hot classes; half of it where dC lends none."""
 
 MOST_LENT = 0.75
 """Of the rows of dC: how many at most lend their memory."""
 
-LATE_BYTES = 9 * 2**22
-"""Room for rows of popular classes that are finished while theirs are lent."""
+DEFERRED_BYTES = 9 * 2**22
+"""Capacity for rows of hot classes that are finished while theirs are lent."""
 
 
 def mass_unit(num_classes: int) -> float:
@@ -49,7 +49,7 @@ def mass_unit(num_classes: int) -> float:
 
 
 def most_tail(problem: HeadProblem) -> float:
-    """What a block's budget is made of (:mod:`crosscut.kernels.kept_pairs`)."""
+    """What a block's budget is made of (:mod:`crosscut.kernels.selected_pairs`)."""
     if problem.options.policy != "auto":
         return torch.finfo(torch.float32).max  # not inf: no rows times that is no number
     unit = mass_unit(len(problem.classifier))
@@ -59,7 +59,7 @@ def most_tail(problem: HeadProblem) -> float:
 def block_thresholds(problem: HeadProblem, statistics: Statistics, masses: Tensor) -> Tensor:
     """The threshold of each block [blocks] of ``masses`` [blocks, V], were all cotangents equal.
 
-    As :mod:`crosscut.kernels.kept_pairs` chooses them.
+    As :mod:`crosscut.kernels.selected_pairs` chooses them.
     """
     block_n = block_tokens(problem)
     valid = problem.labels >= 0
@@ -79,12 +79,12 @@ def block_thresholds(problem: HeadProblem, statistics: Statistics, masses: Tenso
     return thresholds
 
 
-def entry_above(num_tokens: int) -> float:
-    """An element of dz is an entry of dC when it is larger than this, in units of its ``d_lse`` and
-    of the threshold of the kept pairs.
+def nonzero_above(num_tokens: int) -> float:
+    """An element of dz is a nonzero of dC where it is larger than this, in units of its ``d_lse``
+    and of the threshold of the selected pairs.
 
     PyTorch's error of dC falls with the number of tokens, over which its rounding averages out
-    (7.0e-3 at 8192, 4.5e-3 at 32768); the error of what is no entry does not.
+    (7.0e-3 at 8192, 4.5e-3 at 32768); the error of what is no nonzero does not.
     """
     return 2.0**-13 * min(2.0, (2**13 / num_tokens) ** 0.5)
 
@@ -103,7 +103,7 @@ def filters_columns(problem: HeadProblem) -> bool:
     simple = problem.bias is None and problem.logit_weight is None and problem.labels.dim() == 1
     if not (simple and sparse and len(problem.labels)):
         return False
-    pairs, everything = room_for_pairs(problem, lends=False).pairs, token_blocks(problem)
+    pairs, everything = capacity_for_pairs(problem, lends=False).pairs, token_blocks(problem)
     everything *= len(problem.classifier)
     return max(pairs * block_tokens(problem), everything) < 2**31  # lists are of int32
 
@@ -118,51 +118,51 @@ def token_blocks(problem: HeadProblem) -> int:
     return math.ceil(len(problem.labels) / block_tokens(problem))
 
 
-class Room(NamedTuple):
+class Capacity(NamedTuple):
     """For the kept pairs."""
 
     pairs: int  # how many
-    popular: int  # how many popular classes
+    hot: int  # how many hot classes
     lent_from: int  # the first class whose row of dC lends its memory; V if none does
-    late: int  # how many popular classes from there on
+    deferred: int  # how many hot classes from there on
 
 
-def room_for_pairs(problem: HeadProblem, *, lends: bool) -> Room:
+def capacity_for_pairs(problem: HeadProblem, *, lends: bool) -> Capacity:
     """How many kept pairs there is room for, and where; ``lends`` says that dC is wanted.
 
     In rows of dC, if these hold as many as memory of their own would: up to a quarter of all pairs,
     from where on little time would be saved. Else as many as fit where the exact gradient would
-    have ``workspace_limit()`` and dH in float32, or MOST_KEPT a block.
+    have ``workspace_limit()`` and dH in float32, or MOST_SELECTED a block.
     """
     blocks, num_classes = token_blocks(problem), len(problem.classifier)
     row_bytes = problem.classifier.shape[1] * problem.classifier.element_size()
 
-    def popular(num_bytes: int) -> int:
+    def hot(num_bytes: int) -> int:
         return min(math.ceil(num_classes / 8), num_bytes // row_bytes)
 
     if not blocks:
-        return Room(0, 0, num_classes, 0)
+        return Capacity(0, 0, num_classes, 0)
     dz_bytes = block_tokens(problem) * problem.hidden.element_size()
     most = min(blocks * (num_classes // 4), 2**31 // dz_bytes)
     own = min((workspace_limit() + 4 * problem.hidden.numel()) // dz_bytes, most)
-    own = min(max(own, MOST_KEPT * blocks), blocks * num_classes)
+    own = min(max(own, MOST_SELECTED * blocks), blocks * num_classes)
 
     lent = int(MOST_LENT * num_classes) * row_bytes
-    most_popular = popular(POPULAR_BYTES)
+    most_hot = hot(HOT_BYTES)
     lists = blocks * (num_classes * 9 // 4 + 2**17)  # and the tail's masses
-    lists += most_popular * row_bytes
+    lists += most_hot * row_bytes
     pair_bytes = dz_bytes + 24
     pairs = min((lent - lists) // pair_bytes, most)
     if not lends or pairs < own:
-        return Room(own, popular(POPULAR_BYTES // 2), num_classes, 0)
+        return Capacity(own, hot(HOT_BYTES // 2), num_classes, 0)
     lent_from = num_classes - math.ceil((lists + pairs * pair_bytes) / row_bytes)
-    late = min(num_classes - lent_from, LATE_BYTES // row_bytes)
-    return Room(pairs, most_popular, lent_from, late)
+    deferred = min(num_classes - lent_from, DEFERRED_BYTES // row_bytes)
+    return Capacity(pairs, most_hot, lent_from, deferred)
 
 
-def popular_classes(kept: Tensor, room: Room) -> Tensor:
-    """The popular classes, those that at least half of the blocks keep, of ``kept`` [blocks, V]."""
+def hot_classes(kept: Tensor, room: Capacity) -> Tensor:
+    """The hot classes, those that at least half of the blocks keep, of ``kept`` [blocks, V]."""
     by = kept.sum(0)
-    popular = ((2 * by >= len(kept)) & (by > 0)).nonzero()[:, 0]
-    early = int((popular < room.lent_from).sum())
-    return popular[: min(early + room.late, room.popular)]
+    hot = ((2 * by >= len(kept)) & (by > 0)).nonzero()[:, 0]
+    early = int((hot < room.lent_from).sum())
+    return hot[: min(early + room.deferred, room.hot)]

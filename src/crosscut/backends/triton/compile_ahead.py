@@ -1,6 +1,6 @@
 """The first call of a kind compiles all of its kernels together.
 
-They are found by making the call on tensors without data (:mod:`crosscut.kernels.launch`), which
+They are found by making the call on tensors without data (:mod:`crosscut.device.launch`), which
 takes milliseconds. A forward that a backward will follow compiles the backward's too, as if all
 gradients were wanted; where they are not, the backward's first call compiles what it lacks.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from crosscut.backends.protocol import Cotangents, HeadProblem, Needs, Statistics
 from crosscut.backends.triton.backward import compute_gradients
 from crosscut.backends.triton.forward import compute_statistics
-from crosscut.kernels.launch import CAN_COMPILE_AHEAD, ahead
+from crosscut.device.launch import CAN_COMPILE_AHEAD, ahead
 
 _seen: set[Hashable] = set()
 _one_at_a_time = threading.Lock()

@@ -23,24 +23,25 @@ from crosscut.backends.protocol import (
     Needs,
 )
 from crosscut.backends.triton.sweep import chunk_width, new_workspace
+from crosscut.device.tiles import Kernel, choose_tiles
 from crosscut.kernels.divergence import Pair, divergence, divergence_gradient
 from crosscut.kernels.indexed_matmul import indexed_matmul
-from crosscut.kernels.kept_rows import KeptRows, kept_tokens
+from crosscut.kernels.logits_tile import Head
 from crosscut.kernels.move_rows import move_rows
-from crosscut.kernels.tile_matmul import TILE, add_hidden_gradient, classifier_gradient
-from crosscut.kernels.tiles import Head, Kernel, choose_tiles
+from crosscut.kernels.tile_matmul import TILE, add_d_hidden_of_chunk, d_classifier_of_chunk
+from crosscut.kernels.valid_rows import ValidRows, valid_rows_of
 from crosscut.options import workspace_limit
 
 
 def compute_divergences(problem: DistillationProblem) -> Divergences:
     """The divergence of every row that takes part, and the statistics of the hard loss."""
     student = problem.student
-    if student.labels.is_cuda:  # as PyTorch does it there: a late error, of the device
+    if student.labels.is_cuda:  # as PyTorch does it there: a deferred error, of the device
         torch._assert_async((student.labels < len(student.classifier)).all())
     none = student.hidden.new_empty(0, dtype=torch.float32)
     if not len(student.labels):
         return Divergences(*(none.clone() for _ in Divergences._fields))
-    kept = kept_tokens(student.labels)
+    kept = valid_rows_of(student.labels)
     found = divergence(_pair(problem, kept), kept, choose_tiles(Kernel.DIVERGENCE, student.hidden))
     target_logit = none.clone()
     if problem.temperature is not None:
@@ -70,7 +71,7 @@ def compute_student_gradients(
             None if value is None or not need else value.new_zeros(value.shape)
             for value, need in zip(inputs, needs, strict=True)
         ))  # fmt: skip
-    kept = kept_tokens(head.labels)
+    kept = valid_rows_of(head.labels)
     pair, rows = _pair(problem, kept), kept.rows.clamp_min(0).long()
     zeros = torch.zeros_like(found.divergence)
     hard = found.hard_lse if len(found.hard_lse) else zeros
@@ -98,9 +99,9 @@ def compute_student_gradients(
         divergence_gradient(dz, pair, classes, tokens, gradient)
         if d_hidden is not None:
             chunk = head.classifier[classes]
-            add_hidden_gradient(d_hidden, dz, chunk, kept.count, None, matmul)
+            add_d_hidden_of_chunk(d_hidden, dz, chunk, kept.count, None, matmul)
         if d_classifier is not None:
-            classifier_gradient(
+            d_classifier_of_chunk(
                 d_classifier[classes], dz, pair.student.hidden, kept.count, None, matmul,
                 scale=scale, out_rows=None,
             )  # fmt: skip
@@ -112,7 +113,7 @@ def compute_student_gradients(
     return Gradients(out, d_classifier, d_bias)
 
 
-def _pair(problem: DistillationProblem, kept: KeptRows) -> Pair:
+def _pair(problem: DistillationProblem, kept: ValidRows) -> Pair:
     """Both heads, with the hidden states of kept tokens side by side, then zeros."""
 
     def together(side: HeadProblem) -> Head:

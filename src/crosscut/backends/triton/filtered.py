@@ -8,14 +8,14 @@ on the device, and the host never waits.
 
 **How much.** The tail's mass bounds the error. Each block of tokens has a budget for it; where it
 would have more, more pairs are kept, of the masses that the forward has left
-(:mod:`crosscut.kernels.kept_pairs`).
+(:mod:`crosscut.kernels.selected_pairs`).
 
 **Where.** What is needed before dC is written lies in rows of dC, if it is wanted and has them
-(:mod:`crosscut.kernels.scratch`). The order below keeps to that: rows that lend nothing may be
+(:mod:`crosscut.device.workspace`). The order below keeps to that: rows that lend nothing may be
 written first, and the others when nobody needs what they hold.
 
-**When not.** Where pairs or entries do not fit, the softmax is too flat to leave much out, and
-every entry is computed: the exact sweep runs after all, decided on the device. Where it is not
+**When not.** Where pairs or nonzeros do not fit, the softmax is too flat to leave much out, and
+every nonzero is computed: the exact sweep runs after all, decided on the device. Where it is not
 needed its kernels find nothing to do, some microseconds each.
 """
 
@@ -29,26 +29,32 @@ from torch import Tensor
 
 from crosscut.backends.protocol import Gradients, HeadProblem, Statistics
 from crosscut.backends.triton.column_filter import (
-    ENTRIES_PER_TOKEN,
-    entry_above,
+    NONZEROS_PER_TOKEN,
+    capacity_for_pairs,
     mass_unit,
     most_tail,
-    room_for_pairs,
+    nonzero_above,
 )
-from crosscut.backends.triton.sweep import KeptTokens, sweep
-from crosscut.kernels.entry_matmul import classifier_rows, list_entries
-from crosscut.kernels.kept_pairs import CELL, kept_pairs
-from crosscut.kernels.launch import like_or
+from crosscut.backends.triton.sweep import ValidTokens, sweep
+from crosscut.device.launch import like_or
+from crosscut.device.tiles import Kernel, choose_tiles
+from crosscut.device.workspace import Workspace
+from crosscut.kernels.logits_tile import Head
+from crosscut.kernels.nonzero_matmul import d_classifier_of_nonzeros, list_nonzeros
 from crosscut.kernels.pair_gradient import pair_gradient, tail_of_tokens
-from crosscut.kernels.pair_matmul import hidden_rows, late_rows, popular_head, popular_rows
-from crosscut.kernels.scratch import Scratch
-from crosscut.kernels.tiles import Head, Kernel, choose_tiles
+from crosscut.kernels.pair_matmul import (
+    d_classifier_of_hot,
+    d_hidden_of_pairs,
+    deferred_rows,
+    gather_hot_head,
+)
+from crosscut.kernels.selected_pairs import CELL, select_pairs
 
 _LITTLE = 2**23  # bytes that are not worth another launch
 
 
 def filtered_gradients(
-    problem: HeadProblem, statistics: Statistics, together: KeptTokens, out: Gradients
+    problem: HeadProblem, statistics: Statistics, together: ValidTokens, out: Gradients
 ) -> None:
     """Fill ``out`` from what the forward left in ``statistics``."""
     exact_rows = _from_kept_pairs(problem, statistics, together, out)
@@ -57,7 +63,7 @@ def filtered_gradients(
 
 
 def _from_kept_pairs(
-    problem: HeadProblem, statistics: Statistics, together: KeptTokens, out: Gradients
+    problem: HeadProblem, statistics: Statistics, together: ValidTokens, out: Gradients
 ) -> Tensor:
     """Fill ``out`` if the softmax allows it.
 
@@ -68,49 +74,51 @@ def _from_kept_pairs(
     tiles = choose_tiles(Kernel.PAIRS, hidden)
     head = Head(hidden, classifier, None, problem.options.logit_scale, problem.options.softcap)
     blocks, num_classes = statistics.column_mass.shape
-    unit, entry = mass_unit(num_classes), entry_above(len(hidden))
-    room = room_for_pairs(problem, lends=out.classifier is not None)
+    unit, nonzero = mass_unit(num_classes), nonzero_above(len(hidden))
+    room = capacity_for_pairs(problem, lends=out.classifier is not None)
     slots = (math.ceil(room.pairs / tiles.block_v) + 2 * blocks) * tiles.block_v
-    scratch = Scratch(hidden.device, out.classifier, room.lent_from)
-    late = None
-    if out.classifier is not None and room.late:
-        late = torch.empty_like(out.classifier[: room.late])
-    # First of all: what is scratch for the longest. The rows before it can be written meanwhile.
-    in_dc = scratch if statistics.column_mass.nbytes > _LITTLE else Scratch(hidden.device)
+    workspace = Workspace(hidden.device, out.classifier, room.lent_from)
+    deferred = None
+    if out.classifier is not None and room.deferred:
+        deferred = torch.empty_like(out.classifier[: room.deferred])
+    # First of all: what is workspace for the longest. The rows before it can be written meanwhile.
+    in_dc = workspace if statistics.column_mass.nbytes > _LITTLE else Workspace(hidden.device)
     tail_mass = in_dc.new(blocks, num_classes, dtype=statistics.column_mass.dtype)
     before_tail = num_classes if in_dc.taken_from is None else in_dc.taken_from // CELL * CELL
-    pairs = kept_pairs(
-        statistics.column_mass, tokens, tail_mass, scratch,
+    pairs = select_pairs(
+        statistics.column_mass, tokens, tail_mass, workspace,
         block_n=tiles.block_n, num_slots=slots, block_slots=tiles.block_v,
         most_tail=most_tail(problem),
-        most_popular=room.popular,
-        late_from=room.lent_from, most_late=room.late,
+        most_hot=room.hot,
+        deferred_from=room.lent_from, most_deferred=room.deferred,
     )  # fmt: skip
     exact_rows = pairs.exact_rows
     tokens = tokens._replace(num_rows=pairs.num_rows)
 
     by_block = _product(tail_mass, classifier) if out.hidden is not None else None  # [blocks, D]
-    of_popular = scratch.new(len(pairs.popular), classifier.shape[1], dtype=classifier.dtype)
-    popular_head(of_popular, classifier, pairs, block_slots=tiles.block_v)
+    hot_head = workspace.new(len(pairs.hot), classifier.shape[1], dtype=classifier.dtype)
+    gather_hot_head(hot_head, classifier, pairs, block_slots=tiles.block_v)
     gradient = pair_gradient(
-        head, tokens, pairs, of_popular, scratch, tiles, mass_unit=unit, entry=entry
+        head, tokens, pairs, hot_head, workspace, tiles, mass_unit=unit, nonzero=nonzero
     )
     masses = statistics.tail_mass, kept.rows
     x, rows = tail_of_tokens(tokens, masses, pairs, gradient, tiles)
     if out.hidden is not None and by_block is not None:
-        hidden_rows(
-            out.hidden, tokens, kept.rows, gradient.dz, classifier, of_popular, pairs,
+        d_hidden_of_pairs(
+            out.hidden, tokens, kept.rows, gradient.dz, classifier, hot_head, pairs,
             (x, by_block), scale, choose_tiles(Kernel.PAIR_MATMUL, hidden),
         )  # fmt: skip
     if out.classifier is not None:
-        most = min(ENTRIES_PER_TOKEN * len(hidden), 2**31 - 1)
-        entries = list_entries(kept.count, tokens, pairs, gradient, scratch, most=most, entry=entry)
-        exact_rows = entries.exact_rows
-        tokens = tokens._replace(num_rows=entries.num_rows)
-        tiles = choose_tiles(Kernel.POPULAR_MATMUL, hidden)
-        popular_rows(out.classifier, late, tokens, gradient.dz, pairs, scale, tiles)
+        most = min(NONZEROS_PER_TOKEN * len(hidden), 2**31 - 1)
+        nonzeros = list_nonzeros(
+            kept.count, tokens, pairs, gradient, workspace, most=most, nonzero=nonzero
+        )
+        exact_rows = nonzeros.exact_rows
+        tokens = tokens._replace(num_rows=nonzeros.num_rows)
+        tiles = choose_tiles(Kernel.HOT_MATMUL, hidden)
+        d_classifier_of_hot(out.classifier, deferred, tokens, gradient.dz, pairs, scale, tiles)
         # From here on nothing in dC is wanted but the tail's masses.
-        tiles = choose_tiles(Kernel.ENTRY_MATMUL, hidden)
+        tiles = choose_tiles(Kernel.NONZERO_MATMUL, hidden)
         of_last = tail_mass[:, before_tail:]
         of_last = like_or(of_last, of_last.contiguous)
         for classes, mass in (
@@ -119,9 +127,11 @@ def _from_kept_pairs(
         ):
             if classes:
                 tail = mass, rows
-                classifier_rows(out.classifier, classes, tokens, entries, pairs, tail, scale, tiles)
-        if late is not None:
-            late_rows(out.classifier, late, tokens, pairs)
+                d_classifier_of_nonzeros(
+                    out.classifier, classes, tokens, nonzeros, pairs, tail, scale, tiles
+                )
+        if deferred is not None:
+            deferred_rows(out.classifier, deferred, tokens, pairs)
     return exact_rows
 
 

@@ -7,15 +7,16 @@ from torch import Tensor
 
 from crosscut.backends.protocol import HeadProblem, Statistics, own_labels
 from crosscut.backends.triton.column_filter import mass_unit
+from crosscut.device.launch import like_or
+from crosscut.device.tiles import Kernel, choose_tiles
 from crosscut.kernels.flags import flagged_first
 from crosscut.kernels.indexed_matmul import indexed_matmul
-from crosscut.kernels.kept_rows import kept_tokens
-from crosscut.kernels.launch import like_or
 from crosscut.kernels.linear_lse import Columns, LinearLse, Own, Wanted, linear_lse
+from crosscut.kernels.logits_tile import Head
 from crosscut.kernels.move_rows import move_rows
-from crosscut.kernels.tiles import Head, Kernel, choose_tiles
+from crosscut.kernels.valid_rows import valid_rows_of
 
-MOST_SCOUTS = 2048
+MOST_PROBES = 2048
 """Classes whose log-sum-exp is taken before the sweep: a lower bound of the whole one, near it. The
 labels of the batch come first, which have most of the softmax."""
 
@@ -28,13 +29,13 @@ def compute_statistics(problem: HeadProblem, like: Statistics) -> Statistics:
         None if vector is None else vector.contiguous()
         for vector in (problem.bias, problem.logit_weight)
     )
-    if labels.is_cuda:  # as PyTorch does it there: a late error, of the device
+    if labels.is_cuda:  # as PyTorch does it there: a deferred error, of the device
         torch._assert_async((labels < num_classes).all())
     head = Head(hidden, problem.classifier, bias, options.logit_scale, options.softcap)
-    kept = kept_tokens(labels)
-    num_scouts = min(MOST_SCOUTS, num_classes // 16) if len(like.column_mass) else 0
+    kept = valid_rows_of(labels)
+    num_probes = min(MOST_PROBES, num_classes // 16) if len(like.column_mass) else 0
     flags = None
-    if num_scouts:
+    if num_probes:
         flags = torch.zeros(num_classes, dtype=torch.int8, device=labels.device)
     target_logit = indexed_matmul(head, labels, flags)
     own = _own(labels, target_logit)
@@ -46,11 +47,11 @@ def compute_statistics(problem: HeadProblem, like: Statistics) -> Statistics:
         return _filled(like, found, labels, own, target_logit)
 
     if flags is not None:
-        scouts = flagged_first(flags, num_scouts)
-        some = move_rows(hidden.new_empty(num_scouts, hidden.shape[1]), problem.classifier, scouts)
+        probes = flagged_first(flags, num_probes)
+        some = move_rows(hidden.new_empty(num_probes, hidden.shape[1]), problem.classifier, probes)
         tiles = choose_tiles(Kernel.LSE, hidden)
-        of_scouts = head._replace(classifier=some)
-        reference = linear_lse(of_scouts, kept, own, tiles, Wanted(class_ids=scouts)).others
+        probe_head = head._replace(classifier=some)
+        reference = linear_lse(probe_head, kept, own, tiles, Wanted(class_ids=probes)).others
     else:
         reference = like_or(target_logit, lambda: torch.full_like(target_logit, -torch.inf))
     least = problem.ranks or (problem.entropy and options.softcap is not None)

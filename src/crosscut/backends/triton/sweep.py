@@ -11,7 +11,7 @@ of all of it: the others are first put side by side, in an [N, D] copy. The exac
 launch for many chunks (:mod:`crosscut.kernels.exact_sweep`), the paper's three for each.
 
 **Memory.** The exact gradient's ``dz`` lies in rows of dC that are not written yet
-(:mod:`crosscut.kernels.scratch`). The last of them are made with less, and the very last with what
+(:mod:`crosscut.device.workspace`). The last of them are made with less, and the very last with what
 is allocated for it:
 
     classes      0                      V - r       V - s    V        r, s: rows that dz takes
@@ -45,20 +45,21 @@ from crosscut.backends.protocol import (
     own_log_prob,
     row_cotangents,
 )
+from crosscut.device.launch import like_or
+from crosscut.device.tiles import Kernel, Tiles, choose_tiles, num_programs
+from crosscut.device.workspace import Workspace
 from crosscut.kernels.exact_sweep import SweepOutputs, exact_sweep
 from crosscut.kernels.gather_tokens import PerToken, gather_tokens
-from crosscut.kernels.kept_rows import KeptRows, kept_tokens
-from crosscut.kernels.launch import like_or
+from crosscut.kernels.logits_tile import Head
 from crosscut.kernels.move_rows import move_rows
-from crosscut.kernels.scratch import Scratch
 from crosscut.kernels.softmax_gradient import HeadChunk, Tokens, softmax_gradient
 from crosscut.kernels.tile_matmul import (
     TILE,
-    add_hidden_gradient,
-    classifier_gradient,
+    add_d_hidden_of_chunk,
+    d_classifier_of_chunk,
     live_tiles,
 )
-from crosscut.kernels.tiles import Head, Kernel, Tiles, choose_tiles, num_programs
+from crosscut.kernels.valid_rows import ValidRows, valid_rows_of
 from crosscut.options import workspace_limit
 
 MOST_CLASSES = 2**17
@@ -71,16 +72,16 @@ ENOUGH_CLASSES = 2**12
 """A chunk of so many is as good as a wider one."""
 
 
-class KeptTokens(NamedTuple):
+class ValidTokens(NamedTuple):
     """The tokens that take part, side by side, and how their gradients are to be scaled."""
 
-    kept: KeptRows
+    kept: ValidRows
     tokens: Tokens
-    lift: Tensor | None  # [], the power of two that the cotangents are multiplied by, if not 1
-    scale: Tensor  # [1], what a product of lifted gradients is multiplied by
+    loss_scale: Tensor | None  # [], a power of two: times it, the cotangents
+    scale: Tensor  # [1], what a product of scaled gradients is multiplied by
 
 
-def sweep(problem: HeadProblem, together: KeptTokens, out: Gradients) -> None:
+def sweep(problem: HeadProblem, together: ValidTokens, out: Gradients) -> None:
     """Fill ``out``: the exact gradient, or the paper's filtered one under a ``cce`` policy.
 
     Nothing is done where ``together.tokens.num_rows`` is negative.
@@ -96,10 +97,10 @@ def sweep(problem: HeadProblem, together: KeptTokens, out: Gradients) -> None:
         _exact(problem, together, out)
 
 
-def _exact(problem: HeadProblem, together: KeptTokens, out: Gradients) -> None:
+def _exact(problem: HeadProblem, together: ValidTokens, out: Gradients) -> None:
     hidden, bias, weight = problem.hidden, problem.bias, problem.logit_weight
     tiles = choose_tiles(Kernel.GRADIENT, hidden), choose_tiles(Kernel.MATMUL, hidden)
-    kept, tokens, lift, scale = together
+    kept, tokens, loss_scale, scale = together
     head = Head(
         hidden, problem.classifier, None if bias is None else bias.contiguous(),
         problem.options.logit_scale, problem.options.softcap,
@@ -120,7 +121,7 @@ def _exact(problem: HeadProblem, together: KeptTokens, out: Gradients) -> None:
     if out.hidden is not None and d_hidden is not None and d_hidden is not out.hidden:
         out.hidden.copy_(d_hidden)
     if out.bias is not None and class_sum is not None:
-        out.bias.copy_(class_sum if lift is None else class_sum / lift)
+        out.bias.copy_(class_sum if loss_scale is None else class_sum / loss_scale)
 
 
 def _workspaces(
@@ -134,10 +135,10 @@ def _workspaces(
     num_classes, limit = len(problem.classifier), workspace_limit()
     num_tokens = math.ceil(len(problem.hidden) / TILE) * TILE
 
-    def workspace(share: float, lender: Tensor | None = None) -> tuple[Tensor, Scratch]:
-        scratch = Scratch(problem.hidden.device, lender)
+    def workspace(share: float, lender: Tensor | None = None) -> tuple[Tensor, Workspace]:
+        workspace = Workspace(problem.hidden.device, lender)
         width = chunk_width(problem, gradient, matmul, int(limit * share))
-        return scratch.new(num_tokens, width, dtype=problem.hidden.dtype), scratch
+        return workspace.new(num_tokens, width, dtype=problem.hidden.dtype), workspace
 
     if d_classifier is None or d_classifier.nbytes < 4 * limit:
         return [(range(num_classes), workspace(1)[0])]
@@ -145,8 +146,8 @@ def _workspaces(
     parts, first = [], 0
     if narrow.shape[1] < ENOUGH_CLASSES:
         for share in (1, MIDDLE):
-            dz, scratch = workspace(share, d_classifier)
-            last = (scratch.taken_from or 0) // TILE * TILE
+            dz, workspace = workspace(share, d_classifier)
+            last = (workspace.taken_from or 0) // TILE * TILE
             if first < last:  # not so where no chunk is narrower than another
                 parts.append((range(first, last), dz))
                 first = last
@@ -167,10 +168,10 @@ def new_workspace(problem: HeadProblem, width: int) -> Tensor:
 class _Chunks:
     """One pass over the vocabulary, chunk by chunk."""
 
-    def __init__(self, problem: HeadProblem, together: KeptTokens, out: Gradients) -> None:
+    def __init__(self, problem: HeadProblem, together: ValidTokens, out: Gradients) -> None:
         hidden, policy = problem.hidden, problem.options.policy
         self.problem, self.policy = problem, policy
-        _, self.tokens, self.lift, self.scale = together
+        _, self.tokens, self.loss_scale, self.scale = together
         self.filtered = policy.startswith("cce")
         # The gradient of a logit sum is spread over every logit: then no tile is dead.
         self.drops = self.filtered and problem.logit_weight is None
@@ -215,14 +216,14 @@ class _Chunks:
         if self.d_hidden is not None:
             live = None if alive is None or policy.endswith("full_e") else live_tiles(alive)
             tiles = self.matmul if live is None else self.live_matmul
-            add_hidden_gradient(
+            add_d_hidden_of_chunk(
                 self.d_hidden, dz, chunk.classifier, self.tokens.num_rows, live, tiles
             )
         if self.d_classifier is not None:
             live = None if alive is None or policy.endswith("full_c") else live_tiles(alive.t())
             out = self.d_classifier[classes] if out_rows is None else self.d_classifier
             tiles = self.matmul if live is None else self.live_matmul
-            classifier_gradient(
+            d_classifier_of_chunk(
                 out, dz, self.tokens.hidden, self.tokens.num_rows, live, tiles,
                 scale=self.scale, out_rows=out_rows,
             )  # fmt: skip
@@ -230,7 +231,7 @@ class _Chunks:
             sums = workspace.unflatten(0, (-1, TILE)).sum(1, dtype=torch.float32)
             if alive is not None and "full" not in policy:
                 sums *= alive.repeat_interleave(TILE, 1)[:, : sums.shape[1]]
-            d_bias = sums.sum(0) if self.lift is None else sums.sum(0) / self.lift
+            d_bias = sums.sum(0) if self.loss_scale is None else sums.sum(0) / self.loss_scale
             self.d_bias[classes if out_rows is None else out_rows] = d_bias.to(self.d_bias)
 
     def _chunk(self, classes: slice) -> tuple[HeadChunk, Tensor | None]:
@@ -260,12 +261,12 @@ class _Chunks:
 
 def side_by_side(
     problem: HeadProblem, statistics: Statistics, cotangents: Cotangents, *, block_n: int
-) -> KeptTokens:
+) -> ValidTokens:
     """The tokens that take part, then zeros up to a multiple of ``block_n``."""
-    kept = kept_tokens(problem.labels)
+    kept = valid_rows_of(problem.labels)
     labels, log_prob = problem.labels.contiguous(), statistics.log_prob
     d_lse, d_target, d_log_prob, d_sum, d_entropy = cotangents
-    targets = d_targets = lift = None
+    targets = d_targets = loss_scale = None
     # What a kernel does of a token with one target, PyTorch does of those with more; and of
     # float16, whose range wants to know what comes of it.
     combined = labels.dim() > 1 or problem.hidden.dtype == torch.float16
@@ -274,20 +275,20 @@ def side_by_side(
             targets, d_targets = labels, log_prob
             labels, log_prob = labels[:, 0].contiguous(), log_prob[:, 0].contiguous()
         d_lse, d_target, d_log_prob = statistics.lse, statistics.lse, None
-        lift = log_prob.new_empty(()) if problem.hidden.dtype == torch.float16 else None
+        loss_scale = log_prob.new_empty(()) if problem.hidden.dtype == torch.float16 else None
     elif combined:
         of_rows = row_cotangents(problem, statistics, cotangents)
         own = own_labels(labels, statistics.target_logit)
         log_prob = own_log_prob(labels, own, log_prob).contiguous()
         if problem.hidden.dtype == torch.float16:
-            lift = _lift(problem, of_rows, log_prob, cotangents)
+            loss_scale = _loss_scale(problem, of_rows, log_prob, cotangents)
         d_lse, d_target, d_log_prob = of_rows.factor, of_rows.d_own, None
         if labels.dim() > 1:
             rows = kept.rows.clamp_min(0).long()
             targets, d_targets = labels[rows], of_rows.d_targets
             d_targets = d_targets[rows].float() if d_targets is not None else None
-            if d_targets is not None and lift is not None:
-                d_targets *= lift
+            if d_targets is not None and loss_scale is not None:
+                d_targets *= loss_scale
             labels = own
     # One kernel, whichever statistics have a gradient.
     zeros = statistics.lse.new_zeros(1).expand(len(statistics.lse))
@@ -307,19 +308,19 @@ def side_by_side(
         d_entropy=d_entropy,
     )
     tokens = gather_tokens(
-        problem.hidden, of_tokens, kept, lift, combined=combined, multiple=block_n
+        problem.hidden, of_tokens, kept, loss_scale, combined=combined, multiple=block_n
     )
     tokens = tokens._replace(targets=targets, d_targets=d_targets)
     scale = torch.full(
         (1,), problem.options.logit_scale, dtype=torch.float32, device=problem.hidden.device
     )
-    if lift is not None:
-        unlifted = scale
-        scale = like_or(unlifted, lambda: unlifted / lift)
-    return KeptTokens(kept, tokens, lift, scale)
+    if loss_scale is not None:
+        unscaled = scale
+        scale = like_or(unscaled, lambda: unscaled / loss_scale)
+    return ValidTokens(kept, tokens, loss_scale, scale)
 
 
-def _lift(
+def _loss_scale(
     problem: HeadProblem, of_rows: RowCotangents, log_prob: Tensor, cotangents: Cotangents
 ) -> Tensor:
     """float16 has too little range for the gradients of logits: what to multiply them by.

@@ -1,6 +1,6 @@
 """The pairs (block of tokens, class) that a filtered gradient keeps, listed on the device.
 
-The forward leaves ``column_mass`` [blocks, V]: of each pair the mass, KEPT at the tokens' own
+The forward leaves ``column_mass`` [blocks, V]: of each pair the mass, SELECTED at the tokens' own
 classes. A pair is kept where it reaches the threshold of its block: that of the first level which
 leaves no more to the block's tail than its budget, or 0, which keeps all of the block, where none
 does. A block whose tokens have no gradient has no say: it keeps nothing but own classes.
@@ -13,8 +13,8 @@ What rounding does to a low-precision softmax grows with the size of the logits,
 may be left out. The last factor is the number of tokens that have the gradient: n where all w are
 equal, 1 where one token has all of it, and may have all of the tail too. The mean is weighted by w.
 
-Classes kept by at least half of the blocks are *popular*: few, and with most of the pairs. They are
-kept by every block, and are a small head of their own. ``popular`` lists them, in ascending order.
+Classes kept by at least half of the blocks are *hot*: few, and with most of the pairs. They are
+kept by every block, and are a small head of their own. ``hot`` lists them, in ascending order.
 The other kept pairs become, without the host knowing how many there are,
 
     columns[slot]          the class of each pair. Slots go block by block, and within a block by
@@ -22,22 +22,22 @@ The other kept pairs become, without the host knowing how many there are,
     cell_start[b, t]       first slot of block b whose class is in cell t (CELL classes) or later
 
                    classes ->   cell 0   cell 1   cell 2
-    popular, in all blocks      slots  0..                       padding
+    hot, in all blocks      slots  0..                       padding
     block 0                     0 1 2    3        4 5 6          padding
     block 1                     ..
 
-The first slots are those of popular classes, of the r-th in block b ``r * blocks + b``: their dz is
-a matrix [popular, tokens]. What is neither kept nor popular is the tail, whose masses are left side
-by side. Popular classes from ``late_from`` on are *late*: there is less room for them. Those for
-which there is none are as any other class.
+The first slots are those of hot classes, of the r-th in block b ``r * blocks + b``: their dz is
+a matrix [hot, tokens]. What is neither kept nor hot is the tail, whose masses are left side
+by side. Hot classes from ``deferred_from`` on are *deferred*: there is less room for them. Those
+for which there is none are as any other class.
 
 **When not.** Where the pairs are more than there is room for, nothing is to be made of them, and
 ``num_rows`` says so to whoever comes next.
 
 **Who owns what.** Six launches. In the first a program owns a range of classes, and sums the tails
 that each threshold leaves in each block. In the second one owns a block, and chooses its threshold.
-In the third one owns a range of classes, in all blocks, and finds the popular ones. In the fourth
-one owns two cells, in all blocks, ranks its popular classes, and counts the other pairs. In the
+In the third one owns a range of classes, in all blocks, and finds the hot ones. In the fourth
+one owns two cells, in all blocks, ranks its hot classes, and counts the other pairs. In the
 fifth one owns a block, and sums the counts before each of its cells. In the sixth one owns
 LIST_CELLS cells of a block, and lists. Only whole numbers are added by atomics. Bytes: five times
 ``column_mass``, and 4 a pair.
@@ -52,8 +52,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crosscut.kernels.launch import kernel
-from crosscut.kernels.scratch import Scratch
+from crosscut.device.launch import kernel
+from crosscut.device.workspace import Workspace
 from crosscut.kernels.softmax_gradient import Tokens
 
 CELL = 64
@@ -70,26 +70,26 @@ ANY_MASS = tl.constexpr(3e38)
 """A threshold that only own classes reach."""
 
 
-class KeptPairs(NamedTuple):
-    """The lists; see the module. Entries past the last are undefined unless said otherwise.
+class SelectedPairs(NamedTuple):
+    """The lists; see the module. Nonzeros past the last are undefined unless said otherwise.
 
-    All are scratch but for ``column_mass``, ``popular``, ``popular_rank`` and single numbers.
+    All are workspace but for ``column_mass``, ``hot``, ``hot_rank`` and single numbers.
     """
 
-    columns: Tensor  # [slots] int32; 0 in the padding, undefined in slots of popular classes
+    columns: Tensor  # [slots] int32; 0 in the padding, undefined in slots of hot classes
     cell_start: Tensor  # [blocks, cells + 1] int32
     column_mass: Tensor  # [blocks, V], 0 in place of pairs that are kept, and of no tokens
     tail: Tensor  # [blocks] float32, sums of ``column_mass``
-    threshold: Tensor  # [2, blocks] float32: of pairs, and that of a level, for entries
-    popular: Tensor  # [most_popular and padding] int32; -1 in the padding
-    popular_count: Tensor  # [2] int32: how many, and how many are not late
-    popular_rank: Tensor  # [V] int32, -1 for others
+    threshold: Tensor  # [2, blocks] float32: of pairs, and that of a level, for nonzeros
+    hot: Tensor  # [most_hot and padding] int32; -1 in the padding
+    hot_count: Tensor  # [2] int32: how many, and how many are not deferred
+    hot_rank: Tensor  # [V] int32, -1 for others
     num_rows: Tensor  # [1] int32, the rows that take part; -1 if the pairs are of no use
     exact_rows: Tensor  # [1] int32, the same the other way round
 
 
 @triton.jit
-def is_kept(mass, threshold):
+def is_selected(mass, threshold):
     """Whether a pair is; a NaN is."""
     return (mass < threshold) == 0
 
@@ -121,7 +121,7 @@ def survey_kernel(
             inside = (block < blocks)[:, None] & (classes < end)[None, :]
             mass = tl.load(rows + classes[None, :], mask=inside, other=0.0).to(tl.float32)
             mass = mass[:, None, :]
-            tail += tl.where(is_kept(mass, threshold), 0.0, mass)
+            tail += tl.where(is_selected(mass, threshold), 0.0, mass)
         place = (block[:, None] * LEVELS + level[None, :]) * programs + program
         tl.store(tails_ptr + place, tl.sum(tail, 2), mask=(block < num_blocks)[:, None])
 
@@ -156,98 +156,98 @@ def choose_thresholds_kernel(
 
 
 @kernel
-def popular_kernel(
-    column_mass_ptr, num_rows_ptr, threshold_ptr, popular_ptr, is_popular_ptr, num_blocks,
+def hot_kernel(
+    column_mass_ptr, num_rows_ptr, threshold_ptr, hot_ptr, is_hot_ptr, num_blocks,
     num_classes, range_classes, BLOCK_N: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """Program i owns a range of classes: which are popular, [V] int8, and how many."""
+    """Program i owns a range of classes: which are hot, [V] int8, and how many."""
     ROWS: tl.constexpr = 16
     blocks = tl.cdiv(tl.load(num_rows_ptr), BLOCK_N)
     program = tl.program_id(0)
-    popular = tl.zeros((CLASSES,), tl.int32)
+    hot = tl.zeros((CLASSES,), tl.int32)
     end = tl.minimum((program + 1) * range_classes, num_classes)
     for first in range(program * range_classes, end, CLASSES):
         classes = first + tl.arange(0, CLASSES)
-        kept_by = tl.zeros((ROWS, CLASSES), tl.int32)
+        selected_by = tl.zeros((ROWS, CLASSES), tl.int32)
         for start in range(0, num_blocks, ROWS):
             block = start + tl.arange(0, ROWS)
             inside = (block < blocks)[:, None] & (classes < num_classes)[None, :]
             place = block.to(tl.int64)[:, None] * num_classes + classes[None, :]
             mass = tl.load(column_mass_ptr + place, mask=inside, other=0.0).to(tl.float32)
             threshold = tl.load(threshold_ptr + block, mask=block < num_blocks, other=0.0)
-            kept_by += (is_kept(mass, threshold[:, None]) & inside).to(tl.int32)
-        by = tl.sum(kept_by, 0)
-        is_popular = (by * 2 >= blocks) & (by > 0)
-        tl.store(is_popular_ptr + classes, is_popular.to(tl.int8), mask=classes < num_classes)
-        popular += is_popular.to(tl.int32)
-    tl.store(popular_ptr + program, tl.sum(popular, 0))
+            selected_by += (is_selected(mass, threshold[:, None]) & inside).to(tl.int32)
+        by = tl.sum(selected_by, 0)
+        is_hot = (by * 2 >= blocks) & (by > 0)
+        tl.store(is_hot_ptr + classes, is_hot.to(tl.int8), mask=classes < num_classes)
+        hot += is_hot.to(tl.int32)
+    tl.store(hot_ptr + program, tl.sum(hot, 0))
 
 
 @triton.jit
-def popular_before(
-    popular_ptr, is_popular_ptr, end, surveyors, range_classes, SURVEYORS: tl.constexpr,
+def hot_before(
+    hot_ptr, is_hot_ptr, end, surveyors, range_classes, SURVEYORS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """How many classes before ``end`` are popular."""
+    """How many classes before ``end`` are hot."""
     surveyor = tl.arange(0, SURVEYORS)
     ranges = end // range_classes
-    count = tl.sum(tl.load(popular_ptr + surveyor, mask=surveyor < ranges, other=0), 0)
+    count = tl.sum(tl.load(hot_ptr + surveyor, mask=surveyor < ranges, other=0), 0)
     for start in range(ranges * range_classes, end, BLOCK):
         classes = start + tl.arange(0, BLOCK)
-        flags = tl.load(is_popular_ptr + classes, mask=classes < end, other=0)
+        flags = tl.load(is_hot_ptr + classes, mask=classes < end, other=0)
         count += tl.sum(flags.to(tl.int32), 0)
     return count
 
 
 @kernel
 def count_pairs_kernel(
-    column_mass_ptr, num_rows_ptr, threshold_ptr, range_popular_ptr, is_popular_ptr, count_ptr,
-    block_count_ptr, tail_ptr, popular_ptr, popular_count_ptr, popular_rank_ptr, num_blocks,
-    num_classes, cells, surveyors, range_classes, most_popular, late_from, most_late,
+    column_mass_ptr, num_rows_ptr, threshold_ptr, range_hot_ptr, is_hot_ptr, count_ptr,
+    block_count_ptr, tail_ptr, hot_ptr, hot_count_ptr, hot_rank_ptr, num_blocks,
+    num_classes, cells, surveyors, range_classes, most_hot, deferred_from, most_deferred,
     BLOCK_N: tl.constexpr, SLOTS: tl.constexpr, CELL: tl.constexpr, CELLS: tl.constexpr,
     SURVEYORS: tl.constexpr, SURVEY_CLASSES: tl.constexpr,
 ):  # fmt: skip
     num_rows = tl.load(num_rows_ptr)
     first_class = tl.program_id(0) * CELLS * CELL
     classes = first_class + tl.arange(0, CELLS * CELL)
-    early = popular_before(
-        range_popular_ptr, is_popular_ptr, late_from, surveyors, range_classes, SURVEYORS,
+    early = hot_before(
+        range_hot_ptr, is_hot_ptr, deferred_from, surveyors, range_classes, SURVEYORS,
         SURVEY_CLASSES,
     )  # fmt: skip
-    early = tl.minimum(early, most_popular)
-    most = tl.minimum(early + most_late, most_popular)
-    before = popular_before(
-        range_popular_ptr, is_popular_ptr, first_class, surveyors, range_classes, SURVEYORS,
+    early = tl.minimum(early, most_hot)
+    most = tl.minimum(early + most_deferred, most_hot)
+    before = hot_before(
+        range_hot_ptr, is_hot_ptr, first_class, surveyors, range_classes, SURVEYORS,
         SURVEY_CLASSES,
     )  # fmt: skip
-    flags = tl.load(is_popular_ptr + classes, mask=classes < num_classes, other=0)
-    popular = flags.to(tl.int32)
-    rank = before + tl.cumsum(popular, 0) - popular
-    popular = (popular > 0) & (rank < most)
-    tl.store(popular_ptr + rank, classes, mask=popular)
-    tl.store(popular_rank_ptr + classes, tl.where(popular, rank, -1), mask=classes < num_classes)
+    flags = tl.load(is_hot_ptr + classes, mask=classes < num_classes, other=0)
+    hot = flags.to(tl.int32)
+    rank = before + tl.cumsum(hot, 0) - hot
+    hot = (hot > 0) & (rank < most)
+    tl.store(hot_ptr + rank, classes, mask=hot)
+    tl.store(hot_rank_ptr + classes, tl.where(hot, rank, -1), mask=classes < num_classes)
     if tl.program_id(0) == 0:
-        popular_count = popular_before(
-            range_popular_ptr, is_popular_ptr, num_classes, surveyors, range_classes, SURVEYORS,
+        hot_count = hot_before(
+            range_hot_ptr, is_hot_ptr, num_classes, surveyors, range_classes, SURVEYORS,
             SURVEY_CLASSES,
         )  # fmt: skip
-        popular_count = tl.minimum(popular_count, most)
-        tl.store(popular_count_ptr, popular_count)
-        tl.store(popular_count_ptr + 1, tl.minimum(early, popular_count))
-        padding = popular_count + tl.arange(0, SLOTS)
-        in_padding = padding < tl.cdiv(popular_count, SLOTS) * SLOTS
-        tl.store(popular_ptr + padding, tl.full((SLOTS,), -1, tl.int32), mask=in_padding)
+        hot_count = tl.minimum(hot_count, most)
+        tl.store(hot_count_ptr, hot_count)
+        tl.store(hot_count_ptr + 1, tl.minimum(early, hot_count))
+        padding = hot_count + tl.arange(0, SLOTS)
+        in_padding = padding < tl.cdiv(hot_count, SLOTS) * SLOTS
+        tl.store(hot_ptr + padding, tl.full((SLOTS,), -1, tl.int32), mask=in_padding)
 
     blocks = tl.cdiv(num_rows, BLOCK_N)
     cell = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
-    listed = (classes < num_classes) & (popular == 0)
+    listed = (classes < num_classes) & (hot == 0)
     for start in range(0, num_blocks, 32):
         block = start + tl.arange(0, 32)
         place = column_mass_ptr + block.to(tl.int64)[:, None] * num_classes + classes[None, :]
         inside = (block < blocks)[:, None] & listed[None, :]
         mass = tl.load(place, mask=inside, other=0.0).to(tl.float32)  # [32, CELLS * CELL]
         threshold = tl.load(threshold_ptr + block, mask=block < num_blocks, other=0.0)
-        kept = (is_kept(mass, threshold[:, None]) & inside).to(tl.int32)
+        kept = (is_selected(mass, threshold[:, None]) & inside).to(tl.int32)
         place = count_ptr + block[:, None] * cells + cell[None, :]
         inside = (block < num_blocks)[:, None] & (cell < cells)[None, :]
         tl.store(place, tl.sum(kept.reshape(32, CELLS, CELL), 2), mask=inside)
@@ -257,9 +257,9 @@ def count_pairs_kernel(
 
 
 @triton.jit
-def slots_before(block_count_ptr, popular_count_ptr, block, num_blocks, SLOTS: tl.constexpr):
-    """Where the slots of a block begin: after those of popular classes, and of blocks before it."""
-    slots = tl.cdiv(tl.load(popular_count_ptr), SLOTS) * SLOTS * num_blocks
+def slots_before(block_count_ptr, hot_count_ptr, block, num_blocks, SLOTS: tl.constexpr):
+    """Where the slots of a block begin: after those of hot classes, and of blocks before it."""
+    slots = tl.cdiv(tl.load(hot_count_ptr), SLOTS) * SLOTS * num_blocks
     for start in range(0, block, 128):
         blocks = start + tl.arange(0, 128)
         pairs = tl.load(block_count_ptr + blocks, mask=blocks < block, other=0)
@@ -269,12 +269,12 @@ def slots_before(block_count_ptr, popular_count_ptr, block, num_blocks, SLOTS: t
 
 @kernel
 def place_pairs_kernel(
-    count_ptr, block_count_ptr, popular_count_ptr, chunk_tail_ptr, cell_start_ptr, tail_ptr, cells,
+    count_ptr, block_count_ptr, hot_count_ptr, chunk_tail_ptr, cell_start_ptr, tail_ptr, cells,
     chunks, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program b owns block b."""
     program = tl.program_id(0)
-    slot = slots_before(block_count_ptr, popular_count_ptr, program, tl.num_programs(0), SLOTS)
+    slot = slots_before(block_count_ptr, hot_count_ptr, program, tl.num_programs(0), SLOTS)
     cell_start_ptr += program * (cells + 1)
     for start in range(0, cells, BLOCK):
         cell = start + tl.arange(0, BLOCK)
@@ -293,8 +293,8 @@ def place_pairs_kernel(
 
 @kernel
 def list_pairs_kernel(
-    column_mass_ptr, num_rows_ptr, threshold_ptr, block_count_ptr, popular_count_ptr,
-    cell_start_ptr, popular_rank_ptr, columns_ptr, tail_mass_ptr, filtered_rows_ptr, exact_rows_ptr,
+    column_mass_ptr, num_rows_ptr, threshold_ptr, block_count_ptr, hot_count_ptr,
+    cell_start_ptr, hot_rank_ptr, columns_ptr, tail_mass_ptr, filtered_rows_ptr, exact_rows_ptr,
     num_blocks, num_classes, cells, num_slots,
     BLOCK_N: tl.constexpr, SLOTS: tl.constexpr, CELL: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
@@ -304,11 +304,11 @@ def list_pairs_kernel(
     cell = tl.program_id(1) * CELLS + tl.arange(0, CELLS)
     classes = cell[:, None] * CELL + tl.arange(0, CELL)[None, :]
     inside = (classes < num_classes) & (block * BLOCK_N < num_rows)
-    rank = tl.load(popular_rank_ptr + classes, mask=classes < num_classes, other=0)
+    rank = tl.load(hot_rank_ptr + classes, mask=classes < num_classes, other=0)
     inside &= rank < 0
     place = block.to(tl.int64) * num_classes + classes
     mass = tl.load(column_mass_ptr + place, mask=inside, other=0.0)  # [CELLS, CELL]
-    kept = is_kept(mass.to(tl.float32), tl.load(threshold_ptr + block)) & inside
+    kept = is_selected(mass.to(tl.float32), tl.load(threshold_ptr + block)) & inside
     tl.store(tail_mass_ptr + place, tl.where(kept, 0.0, mass), mask=classes < num_classes)
     kept = kept.to(tl.int32)
     cell_start_ptr += block * (cells + 1)
@@ -321,41 +321,41 @@ def list_pairs_kernel(
         in_padding = (padding < tl.cdiv(end, SLOTS) * SLOTS) & (padding < num_slots)
         tl.store(columns_ptr + padding, tl.zeros((SLOTS,), tl.int32), mask=in_padding)
         if block == 0:
-            slots = slots_before(block_count_ptr, popular_count_ptr, num_blocks, num_blocks, SLOTS)
+            slots = slots_before(block_count_ptr, hot_count_ptr, num_blocks, num_blocks, SLOTS)
             filters = slots <= num_slots
             tl.store(filtered_rows_ptr, tl.where(filters, num_rows, -1))
             tl.store(exact_rows_ptr, tl.where(filters, -1, num_rows))
 
 
-def kept_pairs(
+def select_pairs(
     column_mass: Tensor,
     tokens: Tokens,
     tail_mass: Tensor,
-    scratch: Scratch,
+    workspace: Workspace,
     *,
     block_n: int,
     num_slots: int,
     block_slots: int,
     most_tail: float,
-    most_popular: int,
-    late_from: int,
-    most_late: int,
-) -> KeptPairs:
+    most_hot: int,
+    deferred_from: int,
+    most_deferred: int,
+) -> SelectedPairs:
     """List the pairs of ``column_mass`` [blocks, V] that are to be kept.
 
     Args:
-        column_mass: by block of tokens, KEPT at the labels; what is in the blocks past the last
+        column_mass: by block of tokens, SELECTED at the labels; what is in the blocks past the last
             token is not looked at.
         tokens: those that take part.
         tail_mass: [blocks, V], gets the masses of what is not kept.
-        scratch: where lists go.
+        workspace: where lists go.
         block_n: tokens of a block.
-        num_slots: room for pairs, those of popular classes too, and padding.
+        num_slots: room for pairs, those of hot classes too, and padding.
         block_slots: what a block's slots are a multiple of; a power of two.
         most_tail: what a block's budget is made of; see the module.
-        most_popular: room for popular classes.
-        late_from: the class from which on popular classes are late.
-        most_late: room for those.
+        most_hot: room for hot classes.
+        deferred_from: the class from which on hot classes are deferred.
+        most_deferred: room for those.
     """
     blocks, num_classes = column_mass.shape
     num_rows = tokens.num_rows
@@ -363,30 +363,30 @@ def kept_pairs(
     chunks = triton.cdiv(cells, COUNT_CELLS)
 
     def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return scratch.new(*shape, dtype=dtype)
+        return workspace.new(*shape, dtype=dtype)
 
     def lasting(size: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=column_mass.device)
 
-    pairs = KeptPairs(
+    pairs = SelectedPairs(
         column_mass=tail_mass,
         columns=new(num_slots),
         cell_start=new(blocks, cells + 1),
         tail=new(blocks, dtype=torch.float32),
-        popular=lasting(triton.cdiv(most_popular, block_slots) * block_slots),
-        popular_rank=lasting(num_classes),
-        popular_count=lasting(2),
+        hot=lasting(triton.cdiv(most_hot, block_slots) * block_slots),
+        hot_rank=lasting(num_classes),
+        hot_count=lasting(2),
         threshold=torch.empty(2, blocks, dtype=torch.float32, device=column_mass.device),
         num_rows=lasting(1),
         exact_rows=lasting(1),
     )
     count, block_count = new(blocks, cells), new(blocks).zero_()
     chunk_tail = new(blocks, chunks, dtype=torch.float32)
-    is_popular = new(num_classes, dtype=torch.int8)
+    is_hot = new(num_classes, dtype=torch.int8)
     range_classes = triton.cdiv(num_classes, SURVEYORS * SURVEY_CLASSES) * SURVEY_CLASSES
     surveyors = triton.cdiv(num_classes, range_classes)
     tails = new(blocks, LEVELS, surveyors, dtype=torch.float32)
-    range_popular = new(surveyors)
+    range_hot = new(surveyors)
     survey_kernel[(surveyors,)](
         column_mass, num_rows, tails, blocks, num_classes, range_classes,
         BLOCK_N=block_n, CLASSES=SURVEY_CLASSES, LEVELS=LEVELS,
@@ -395,24 +395,24 @@ def kept_pairs(
         num_rows, tokens.vectors, tails, pairs.threshold, surveyors, most_tail,
         VECTORS=tokens.vectors.shape[1], BLOCK_N=block_n, SURVEYORS=SURVEYORS, LEVELS=LEVELS,
     )  # fmt: skip
-    popular_kernel[(surveyors,)](
-        column_mass, num_rows, pairs.threshold, range_popular, is_popular, blocks, num_classes,
+    hot_kernel[(surveyors,)](
+        column_mass, num_rows, pairs.threshold, range_hot, is_hot, blocks, num_classes,
         range_classes, BLOCK_N=block_n, CLASSES=SURVEY_CLASSES,
     )  # fmt: skip
     count_pairs_kernel[(chunks,)](
-        column_mass, num_rows, pairs.threshold, range_popular, is_popular, count, block_count,
-        chunk_tail, pairs.popular, pairs.popular_count, pairs.popular_rank, blocks, num_classes,
-        cells, surveyors, range_classes, most_popular, late_from, most_late,
+        column_mass, num_rows, pairs.threshold, range_hot, is_hot, count, block_count,
+        chunk_tail, pairs.hot, pairs.hot_count, pairs.hot_rank, blocks, num_classes,
+        cells, surveyors, range_classes, most_hot, deferred_from, most_deferred,
         BLOCK_N=block_n, SLOTS=block_slots, CELL=CELL, CELLS=COUNT_CELLS, SURVEYORS=SURVEYORS,
         SURVEY_CLASSES=SURVEY_CLASSES,
     )  # fmt: skip
     place_pairs_kernel[(blocks,)](
-        count, block_count, pairs.popular_count, chunk_tail, pairs.cell_start, pairs.tail, cells,
+        count, block_count, pairs.hot_count, chunk_tail, pairs.cell_start, pairs.tail, cells,
         chunks, SLOTS=block_slots, BLOCK=PLACE_CELLS, num_warps=8,
     )  # fmt: skip
     list_pairs_kernel[(blocks, triton.cdiv(cells, LIST_CELLS))](
-        column_mass, num_rows, pairs.threshold, block_count, pairs.popular_count, pairs.cell_start,
-        pairs.popular_rank, pairs.columns, pairs.column_mass, pairs.num_rows, pairs.exact_rows,
+        column_mass, num_rows, pairs.threshold, block_count, pairs.hot_count, pairs.cell_start,
+        pairs.hot_rank, pairs.columns, pairs.column_mass, pairs.num_rows, pairs.exact_rows,
         blocks, num_classes, cells, num_slots,
         BLOCK_N=block_n, SLOTS=block_slots, CELL=CELL, CELLS=LIST_CELLS,
     )  # fmt: skip

@@ -28,7 +28,7 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
-from crosscut.kernels import tuned
+from crosscut.device import tuned
 
 CAN_COMPILE_AHEAD = (
     not triton.knobs.runtime.interpret
@@ -38,7 +38,7 @@ CAN_COMPILE_AHEAD = (
 
 _CHANGING = (
     "num_tokens", "num_labels", "num_rows", "num_blocks", "last_phase", "num_columns", "most_live",
-    "late_from", "most_late", "most_popular",
+    "deferred_from", "most_deferred", "most_hot",
     "stride_m", "stride_k", "stride_d_lse", "stride_d_target", "stride_d_log_prob", "stride_d_sum",
     "stride_d_entropy",
 )  # fmt: skip

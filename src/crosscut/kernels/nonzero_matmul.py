@@ -1,19 +1,19 @@
-"""The rows of dC of all classes that are not popular, from single entries of dz.
+"""The rows of dC of all classes that are not hot, from single nonzeros of dz.
 
-Most elements of a kept pair are too small to matter alone. An *entry* (see :mod:`.pair_gradient`)
+Most elements of a kept pair are too small to matter alone. An *nonzero* (see :mod:`.pair_gradient`)
 is one that is not:
 
     dC[v] = scale * (sum_entries dz[n, v] H[n]  +  sum_b column_mass[b, v] w[b])
 
-**Entries** are listed cell by cell (CELL classes), within a cell by block, slot and token:
+**Nonzeros** are listed cell by cell (CELL classes), within a cell by block, slot and token:
 
     place[i]    token * CELL + class within the cell          value[i]    dz
 
-    dz [slots, BLOCK_N]   . x . .          entries of cell 0:  (1, v0) (3, v0) (2, v1) ..
-                          . . x .  ..      entries of cell 1:  ..
+    dz [slots, BLOCK_N]   . x . .          nonzeros of cell 0:  (1, v0) (3, v0) (2, v1) ..
+                          . . x .  ..      nonzeros of cell 1:  ..
 
 **Who owns what.** Program i owns tile i of dC, a cell x BLOCK_D dimensions, all dimensions of a
-cell first. The work is waiting for rows, so there are many small programs. Entries become a matrix
+cell first. The work is waiting for rows, so there are many small programs. Nonzeros become a matrix
 product, STEP at a time:
 
                             H[tokens]  [STEP, BLOCK_D]
@@ -24,7 +24,7 @@ product, STEP at a time:
 
 Every row is written once, in one order of sums.
 
-**Cost.** A row of H read an entry (from L2), dC written once.
+**Cost.** A row of H read an nonzero (from L2), dC written once.
 """
 
 from __future__ import annotations
@@ -36,20 +36,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crosscut.kernels.kept_pairs import CELL, KeptPairs
-from crosscut.kernels.launch import kernel, like_or
-from crosscut.kernels.pair_gradient import PairGradient, entry_size, is_entry_of
-from crosscut.kernels.scratch import Scratch
+from crosscut.device.launch import kernel, like_or
+from crosscut.device.tiles import Tiles
+from crosscut.device.workspace import Workspace
+from crosscut.kernels.logits_tile import dot_tile
+from crosscut.kernels.pair_gradient import PairGradient, is_nonzero_of, nonzero_size
+from crosscut.kernels.selected_pairs import CELL, SelectedPairs
 from crosscut.kernels.softmax_gradient import Tokens
-from crosscut.kernels.tiles import Tiles, dot_tile
 
 COUNT_CELLS, LIST_SLOTS = 32, 8
 
 
-class Entries(NamedTuple):
+class Nonzeros(NamedTuple):
     """The lists; see the module."""
 
-    end: Tensor  # [cells * blocks] int32, entries up to the end of each (cell, block)
+    end: Tensor  # [cells * blocks] int32, nonzeros up to the end of each (cell, block)
     place: Tensor  # [most] int32
     value: Tensor  # [most], the dtype of H
     num_rows: Tensor  # [1] int32, as of the pairs; -1 too where there is no room for all
@@ -57,8 +58,8 @@ class Entries(NamedTuple):
 
 
 @kernel
-def count_entries_kernel(
-    num_rows_ptr, num_entries_ptr, cell_start_ptr, before_ptr, count_ptr, num_blocks, cells,
+def count_nonzeros_kernel(
+    num_rows_ptr, num_nonzeros_ptr, cell_start_ptr, before_ptr, count_ptr, num_blocks, cells,
     CELL: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """Program (b, i) owns CELLS cells of block b."""
@@ -70,13 +71,13 @@ def count_entries_kernel(
         end = tl.load(start + 1, mask=cell < cells, other=0)
         slots = first[:, None] + tl.arange(0, CELL)[None, :]  # [CELLS, CELL]
         inside = slots < end[:, None]
-        count = tl.load(num_entries_ptr + slots, mask=inside, other=0)
+        count = tl.load(num_nonzeros_ptr + slots, mask=inside, other=0)
         tl.store(before_ptr + slots, tl.cumsum(count, 1) - count, mask=inside)
         tl.store(count_ptr + cell * num_blocks + block, tl.sum(count, 1), mask=cell < cells)
 
 
 @kernel
-def list_entries_kernel(
+def list_nonzeros_kernel(
     all_rows_ptr,
     num_rows_ptr,
     own_ptr,
@@ -85,7 +86,7 @@ def list_entries_kernel(
     columns_ptr,
     cell_start_ptr,
     threshold_ptr,
-    before_ptr,  # [slots], entries in earlier slots of the cell
+    before_ptr,  # [slots], nonzeros in earlier slots of the cell
     end_ptr,
     place_ptr,
     value_ptr,
@@ -93,8 +94,8 @@ def list_entries_kernel(
     exact_rows_ptr,
     num_blocks,
     cells,
-    most_entries,
-    entry,
+    most_nonzeros,
+    nonzero,
     CELL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -106,10 +107,10 @@ def list_entries_kernel(
     end = tl.load(cell_start_ptr + block * (cells + 1) + cells)
     if block * BLOCK_N >= num_rows:
         end = first
-    entry *= tl.load(threshold_ptr + num_blocks + block)
+    nonzero *= tl.load(threshold_ptr + num_blocks + block)
     tokens = block * BLOCK_N + tl.arange(0, BLOCK_N)
     own = tl.load(own_ptr + tokens, mask=tokens < num_rows, other=-1)
-    size = entry_size(vectors_ptr + tokens * 6, tokens < num_rows, entry)
+    size = nonzero_size(vectors_ptr + tokens * 6, tokens < num_rows, nonzero)
     stride = tl.num_programs(0) * SLOTS
     for slot in range(first + tl.program_id(0) * SLOTS, end, stride):
         slots = slot + tl.arange(0, SLOTS)
@@ -119,77 +120,77 @@ def list_entries_kernel(
         place = tl.arange(0, SLOTS)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         dz = tl.load(block_dz + place)  # [SLOTS, BLOCK_N]
         is_own = classes[:, None] == own[None, :]
-        is_entry = is_entry_of(dz.to(tl.float32), size[None, :], is_own)
-        is_entry &= mine[:, None]
+        is_nonzero = is_nonzero_of(dz.to(tl.float32), size[None, :], is_own)
+        is_nonzero &= mine[:, None]
         index = classes // CELL * num_blocks + block
         index = tl.load(end_ptr + index - 1, mask=index > 0, other=0)
         index += tl.load(before_ptr + slots, mask=mine, other=0)
-        index = index[:, None] + tl.cumsum(is_entry.to(tl.int32), 1) - 1
-        listed = is_entry & (index < most_entries)
+        index = index[:, None] + tl.cumsum(is_nonzero.to(tl.int32), 1) - 1
+        listed = is_nonzero & (index < most_nonzeros)
         tl.store(place_ptr + index, tokens[None, :] * CELL + (classes % CELL)[:, None], mask=listed)
         tl.store(value_ptr + index, dz, mask=listed)
     if (tl.program_id(0) == 0) & (block == 0):
-        fits = (num_rows >= 0) & (tl.load(end_ptr + cells * num_blocks - 1) <= most_entries)
+        fits = (num_rows >= 0) & (tl.load(end_ptr + cells * num_blocks - 1) <= most_nonzeros)
         tl.store(listed_rows_ptr, tl.where(fits, num_rows, -1))
         tl.store(exact_rows_ptr, tl.where(fits, -1, tl.load(all_rows_ptr)))
 
 
-def list_entries(
+def list_nonzeros(
     all_rows: Tensor,
     tokens: Tokens,
-    pairs: KeptPairs,
+    pairs: SelectedPairs,
     gradient: PairGradient,
-    scratch: Scratch,
+    workspace: Workspace,
     *,
     most: int,
-    entry: float,
-) -> Entries:
-    """List the entries of classes that are not popular.
+    nonzero: float,
+) -> Nonzeros:
+    """List the nonzeros of classes that are not hot.
 
     Args:
         all_rows: [1] int32, how many rows take part, whatever ``tokens.num_rows`` says.
         tokens: those that take part.
         pairs: the lists of pairs.
         gradient: of the pairs.
-        scratch: for what is not returned.
-        most: room for entries.
-        entry: as in ``gradient``.
+        workspace: for what is not returned.
+        most: room for nonzeros.
+        nonzero: as in ``gradient``.
     """
     blocks, cells = len(pairs.tail), pairs.cell_start.shape[1] - 1
 
     def new(size: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=pairs.columns.device)
 
-    before = scratch.new(len(pairs.columns), dtype=torch.int32)
-    count = scratch.new(cells * blocks, dtype=torch.int32)
-    count_entries_kernel[(blocks, triton.cdiv(cells, COUNT_CELLS))](
-        tokens.num_rows, gradient.num_entries, pairs.cell_start, before, count, blocks, cells,
+    before = workspace.new(len(pairs.columns), dtype=torch.int32)
+    count = workspace.new(cells * blocks, dtype=torch.int32)
+    count_nonzeros_kernel[(blocks, triton.cdiv(cells, COUNT_CELLS))](
+        tokens.num_rows, gradient.num_nonzeros, pairs.cell_start, before, count, blocks, cells,
         CELL=CELL, CELLS=COUNT_CELLS,
     )  # fmt: skip
-    found = Entries(
+    found = Nonzeros(
         end=like_or(count, lambda: count.cumsum(0, dtype=torch.int32)),
         place=new(most),
         value=new(most, gradient.dz.dtype),
         num_rows=new(1),
         exact_rows=new(1),
     )
-    list_entries_kernel[(64, blocks)](
+    list_nonzeros_kernel[(64, blocks)](
         all_rows, tokens.num_rows, tokens.own, tokens.vectors, gradient.dz, pairs.columns,
         pairs.cell_start, pairs.threshold, before, found.end, found.place,
-        found.value, found.num_rows, found.exact_rows, blocks, cells, most, entry,
+        found.value, found.num_rows, found.exact_rows, blocks, cells, most, nonzero,
         CELL=CELL, BLOCK_N=gradient.dz.shape[1], SLOTS=LIST_SLOTS, num_warps=4,
     )  # fmt: skip
     return found
 
 
 @kernel
-def classifier_rows_kernel(
+def d_classifier_of_nonzeros_kernel(
     num_rows_ptr,
     hidden_ptr,
     end_ptr,
     place_ptr,
     value_ptr,
-    popular_rank_ptr,
+    hot_rank_ptr,
     column_mass_ptr,  # [blocks, columns], of the last classes
     tail_row_ptr,  # [blocks, D]
     scale_ptr,
@@ -230,9 +231,9 @@ def classifier_rows_kernel(
         start = tl.load(end_ptr + cell * num_blocks - 1, mask=cell > 0, other=0)
         end = tl.load(end_ptr + (cell + 1) * num_blocks - 1)
         for first in range(start, end, STEP):
-            entry = first + tl.arange(0, STEP)
-            place = tl.load(place_ptr + entry, mask=entry < end, other=0)
-            value = tl.load(value_ptr + entry, mask=entry < end, other=0.0)
+            nonzero = first + tl.arange(0, STEP)
+            place = tl.load(place_ptr + nonzero, mask=nonzero < end, other=0)
+            value = tl.load(value_ptr + nonzero, mask=nonzero < end, other=0.0)
             is_mine = (place % CELL)[None, :] == in_cell[:, None]
             dz = tl.where(is_mine, value[None, :], 0.0).to(value.dtype)  # [CELL, STEP]
             row = hidden_ptr + (place // CELL).to(tl.int64)[:, None] * hidden_size + d[None, :]
@@ -240,44 +241,44 @@ def classifier_rows_kernel(
             total = dot_tile(dz, h, total, PRECISION)
 
         inside = classes < last_class
-        popular = tl.load(popular_rank_ptr + classes, mask=inside, other=0) >= 0
-        mask = (inside & (popular == 0))[:, None] & d_inside
+        hot = tl.load(hot_rank_ptr + classes, mask=inside, other=0) >= 0
+        mask = (inside & (hot == 0))[:, None] & d_inside
         out = out_ptr + classes.to(tl.int64)[:, None] * hidden_size + d[None, :]
         total *= tl.load(scale_ptr)
         tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def classifier_rows(
+def d_classifier_of_nonzeros(
     out: Tensor,
     classes: range,
     tokens: Tokens,
-    entries: Entries,
-    pairs: KeptPairs,
+    nonzeros: Nonzeros,
+    pairs: SelectedPairs,
     tail: tuple[Tensor, Tensor],
     scale: Tensor,
     tiles: Tiles,
 ) -> None:
-    """Fill the rows of ``out`` [V, D] of classes not popular. Nothing if ``tokens.num_rows < 0``.
+    """Fill the rows of ``out`` [V, D] of classes not hot. Nothing if ``tokens.num_rows < 0``.
 
     Args:
         out: [V, D], contiguous.
         classes: whose rows; they begin at a multiple of CELL.
         tokens: those that take part.
-        entries: the lists.
-        pairs: which classes are popular.
+        nonzeros: the lists.
+        pairs: which classes are hot.
         tail: column masses of these classes and all that follow, [blocks, their number], and rows
             ``w`` [blocks, D], both bfloat16.
         scale: [1] float32.
-        tiles: BLOCK_N = CELL classes x BLOCK_V dimensions, in steps of BLOCK_D entries.
+        tiles: BLOCK_N = CELL classes x BLOCK_V dimensions, in steps of BLOCK_D nonzeros.
     """
     cells, d_tiles = triton.cdiv(len(classes), CELL), triton.cdiv(out.shape[1], tiles.block_v)
-    classifier_rows_kernel[(cells * d_tiles,)](
+    d_classifier_of_nonzeros_kernel[(cells * d_tiles,)](
         tokens.num_rows,
         tokens.hidden,
-        entries.end,
-        entries.place,
-        entries.value,
-        pairs.popular_rank,
+        nonzeros.end,
+        nonzeros.place,
+        nonzeros.value,
+        pairs.hot_rank,
         *tail,
         scale,
         out,

@@ -1,7 +1,7 @@
 """The list of tokens that take part, made on the device.
 
     count    R, the number of labels >= 0
-    rows     their positions, ascending; -1 from the R-th entry on
+    rows     their positions, ascending; -1 from the R-th nonzero on
     place    of each token, where it stands in ``rows``; -1 if it does not
 
 Neither the host nor any launch depends on R: kernels read it from memory, and their grids are one
@@ -19,10 +19,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from crosscut.kernels.launch import kernel
+from crosscut.device.launch import kernel
 
 
-class KeptRows(NamedTuple):
+class ValidRows(NamedTuple):
     """The tokens that take part; see the module. All int32."""
 
     count: Tensor  # [1]
@@ -31,7 +31,7 @@ class KeptRows(NamedTuple):
 
 
 @kernel
-def kept_rows_kernel(labels_ptr, count_ptr, rows_ptr, place_ptr, num_tokens, BLOCK: tl.constexpr):
+def valid_rows_kernel(labels_ptr, count_ptr, rows_ptr, place_ptr, num_tokens, BLOCK: tl.constexpr):
     count = 0
     for start in range(0, num_tokens, BLOCK):
         tokens = start + tl.arange(0, BLOCK)  # [BLOCK]
@@ -47,17 +47,17 @@ def kept_rows_kernel(labels_ptr, count_ptr, rows_ptr, place_ptr, num_tokens, BLO
         tl.store(rows_ptr + places, -1, mask=places < num_tokens)
 
 
-def kept_tokens(labels: Tensor) -> KeptRows:
+def valid_rows_of(labels: Tensor) -> ValidRows:
     """The tokens of ``labels`` [N] or [N, K] int64 that have one >= 0."""
-    return kept_rows((labels if labels.dim() == 1 else labels.amax(1)).contiguous())
+    return list_valid_rows((labels if labels.dim() == 1 else labels.amax(1)).contiguous())
 
 
-def kept_rows(labels: Tensor) -> KeptRows:
+def list_valid_rows(labels: Tensor) -> ValidRows:
     """The rows of ``labels`` [N] int64, contiguous, that are >= 0."""
 
     def new(size: int) -> Tensor:
         return torch.empty(size, dtype=torch.int32, device=labels.device)
 
-    kept = KeptRows(new(1), new(len(labels)), new(len(labels)))
-    kept_rows_kernel[(1,)](labels, *kept, len(labels), BLOCK=4096, num_warps=8)
+    kept = ValidRows(new(1), new(len(labels)), new(len(labels)))
+    valid_rows_kernel[(1,)](labels, *kept, len(labels), BLOCK=4096, num_warps=8)
     return kept

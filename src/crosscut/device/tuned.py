@@ -1,13 +1,14 @@
 """Tile sizes that ``crosscut tune`` measured on this machine's GPU, in place of the table's.
 
 They are read once a process from ``tiles.json`` in the cache directory. Each entry says what it was
-measured on: GPU, Triton, these kernels' sources, kernel, dtype and hidden size. One that does not
+measured on: GPU, Triton, the code of the kernels, kernel, dtype and hidden size. One that does not
 match in all of them is not used, and neither is a file that cannot be read: a training goes on with
 the table's tiles, and a warning says so, once.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import json
@@ -51,7 +52,7 @@ class Place(NamedTuple):
 
     gpu: str  # its name and compute capability
     triton: str  # version
-    kernels: str  # a hash of their sources
+    kernels: str  # a hash of their code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,13 +135,26 @@ def here(device: torch.device) -> Place:
 
     gpu = torch.cuda.get_device_properties(device)
     name = f"{gpu.name}, {gpu.major}.{gpu.minor}"
-    return Place(gpu=name, triton=triton.__version__, kernels=_sources())
+    return Place(gpu=name, triton=triton.__version__, kernels=_kernels())
 
 
 @functools.cache
-def _sources() -> str:
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+def _kernels() -> str:
+    files = sorted((Path(__file__).parents[1] / "kernels").glob("*.py"))
+    code = "".join(compiled_code(file.read_text()) for file in files)
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
+
+
+def compiled_code(source: str) -> str:
+    """What of a file of kernels is compiled: not its comments, docstrings, and launchers."""
+    compiled = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and node.decorator_list:
+            node.body = node.body[ast.get_docstring(node) is not None :]
+            compiled.append(node)
+        elif isinstance(node, ast.Assign):
+            compiled.append(node)
+    return "\n".join(map(ast.dump, compiled))
 
 
 _on_trial: Mapping[Key, Sizes] | None = None

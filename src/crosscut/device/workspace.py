@@ -22,7 +22,7 @@ from torch import Tensor
 ALIGNMENT = 256  # bytes, as much as PyTorch's own allocator has
 
 
-class Scratch:
+class Workspace:
     """Hands out tensors: of the rows that are lent, or new ones where those are used up.
 
     Args:
