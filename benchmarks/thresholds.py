@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import crosscut
-from crosscut.backends.triton import column_filter
+from crosscut.backends import column_filter
 from crosscut.bench import measure, real_head, results, truth, workloads
 from crosscut.bench.progress import Silent
 from crosscut.options import GradientPolicy

@@ -26,6 +26,8 @@ from support.places import INTERPRETED
 from torch import Tensor
 
 import crosscut
+from crosscut.backends.protocol import HeadProblem
+from crosscut.options import LossOptions
 
 pytestmark = pytest.mark.skipif(
     find_spec("triton") is None or not INTERPRETED, reason="needs Triton's interpreter"
@@ -35,11 +37,11 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def drop_below(monkeypatch) -> Callable[[float], None]:
     """Sets the mass below which a block drops a class: small heads have none so small."""
-    from crosscut.backends import triton
-    from crosscut.backends.triton import column_filter, filtered, forward
+    from crosscut.backends import column_filter
+    from crosscut.backends.triton import forward, project
 
     def drop_below(mass: float) -> None:
-        for module in (triton, column_filter, filtered, forward):
+        for module in (column_filter, project, forward):
             monkeypatch.setattr(module, "mass_unit", lambda num_classes: mass)
 
     return drop_below
@@ -119,7 +121,7 @@ def test_rows_of_popular_and_of_other_classes(rows, drop_below):
 
 
 def test_a_flat_softmax_gets_the_exact_gradient(monkeypatch, drop_below):
-    from crosscut.backends.triton import column_filter
+    from crosscut.backends import column_filter
 
     drop_below(2.0)  # all but the labels go to the tail, which is then too heavy
     head = make_head((40, 32, 150), torch.bfloat16)
@@ -143,7 +145,8 @@ def test_a_flat_softmax_gets_the_exact_gradient(monkeypatch, drop_below):
 @pytest.mark.parametrize("share", [0.3, 0.03])
 def test_a_smaller_budget_keeps_more(monkeypatch, drop_below, share):
     """Each block's own: the first threshold whose tail is light enough, in report and kernels."""
-    from crosscut.backends.triton import column_filter, filtered
+    from crosscut.backends import column_filter
+    from crosscut.backends.triton import select
     from crosscut.kernels.selected_pairs import select_pairs
 
     drop_below(0.3)
@@ -156,7 +159,7 @@ def test_a_smaller_budget_keeps_more(monkeypatch, drop_below, share):
         calls.append((column_mass, select_pairs(column_mass, *others, **options)))
         return calls[-1][1]
 
-    monkeypatch.setattr(filtered, "select_pairs", spy)
+    monkeypatch.setattr(select, "select_pairs", spy)
     monkeypatch.setattr(column_filter, "TAIL_SHARE", share)
     found = crosscut.gradient_sparsity(
         head.input, head.linear_weight, head.target, backend="triton"
@@ -200,7 +203,7 @@ def test_tokens_without_a_gradient_have_no_say(drop_below):
 
 
 def test_pairs_that_do_not_fit_get_the_exact_gradient(monkeypatch):
-    from crosscut.backends.triton import column_filter
+    from crosscut.backends import column_filter
 
     head = peaked((40, 32, 150))
     filtered = ours(head)
@@ -214,77 +217,104 @@ def test_pairs_that_do_not_fit_get_the_exact_gradient(monkeypatch):
 
 
 @pytest.mark.parametrize(("pairs", "fits"), [(1500, False), (6000, True)])
-def test_popular_classes_count_in_blocks_of_ignored_tokens(monkeypatch, drop_below, pairs, fits):
-    from crosscut.backends import triton
-    from crosscut.backends.triton import filtered
-    from crosscut.backends.triton.column_filter import Capacity
-
+def test_hot_classes_count_in_blocks_of_ignored_tokens(drop_below, capacity_of_pairs, pairs, fits):
     drop_below(2.0**-7)
     head = peaked((160, 32, 3000))
     head.target[16:] = -100  # one block in ten has a token
-    for module in (triton, filtered):
-        room = Capacity(pairs, 375, 3000, 0)
-        monkeypatch.setattr(module, "capacity_for_pairs", lambda problem, lends, room=room: room)
+    capacity_of_pairs(pairs, 375, 3000, 0)
     assert (kept(head, policy="filtered") < 1) == fits
     exact = ours(head, policy="exact")
     assert torch.equal(ours(head, policy="filtered").d_weight, exact.d_weight) != fits
 
 
-def test_lists_in_rows_of_the_gradient(monkeypatch, drop_below):
+@pytest.fixture
+def capacity_of_pairs(monkeypatch):
+    """Sets the capacity for selected pairs of all calls."""
+    from crosscut.backends import column_filter
+    from crosscut.backends.triton import select
+
+    def set_to(*numbers: int) -> None:
+        capacity = column_filter.Capacity(*numbers)
+        for module in (column_filter, select):
+            monkeypatch.setattr(module, "capacity_for_pairs", lambda problem, lends: capacity)
+
+    return set_to
+
+
+def test_lists_in_rows_of_the_gradient(monkeypatch, drop_below, capacity_of_pairs):
     """The same bits as with memory of their own; and every row is written in the end."""
-    from crosscut.backends.triton import filtered
-    from crosscut.backends.triton.column_filter import Capacity
-    from crosscut.device.workspace import Workspace
+    from crosscut.backends.triton import select
+    from crosscut.device import workspace
 
     drop_below(2.0**-9)
     head = peaked((64, 256, 700))
-    monkeypatch.setattr(
-        filtered, "capacity_for_pairs", lambda problem, lends: Capacity(2800, 256, 150, 550)
-    )
-    monkeypatch.setattr(filtered, "_LITTLE", 0)
-    made = []
+    monkeypatch.setattr(select, "LITTLE", 0)
+    layouts = []
 
-    class Spy(Workspace):
-        def __init__(self, *arguments) -> None:
-            super().__init__(*arguments)
-            made.append(self)
+    def spy(*arguments):
+        layouts.append(plan_workspace(*arguments))
+        return layouts[-1]
 
-    monkeypatch.setattr(filtered, "Workspace", Spy)
+    plan_workspace = select.plan_workspace
+    monkeypatch.setattr(select, "plan_workspace", spy)
+    capacity_of_pairs(2800, 256, 150, 550)
     lent = ours(head, policy="filtered")
-    assert 150 <= made[-1].taken_from < 600
-    monkeypatch.setattr(filtered, "Workspace", lambda device, *lender: Workspace(device))
+    assert 150 <= layouts[-1].first_row < 600
+    # Nobody reads a region after the step that the table says is its last.
+    monkeypatch.setattr(workspace, "poisons", True)
+    poisoned = ours(head, policy="filtered")
+    # Nor does it matter whether regions have memory of their own, or hot rows wait for their place.
+    capacity_of_pairs(2800, 256, 700, 0)
     own = ours(head, policy="filtered")
-    assert torch.equal(lent.d_weight, own.d_weight)
-    assert lent.d_input is not None
-    assert torch.equal(lent.d_input, own.d_input)
-    # Nor does it matter to the rows of hot classes whether they wait for their place.
-    monkeypatch.setattr(
-        filtered, "capacity_for_pairs", lambda problem, lends: Capacity(2800, 256, 700, 0)
-    )
-    assert torch.equal(lent.d_weight, ours(head, policy="filtered").d_weight)
+    assert set(layouts[-1].offset.values()) == {None}
+    for other in (poisoned, own):
+        assert torch.equal(lent.d_weight, other.d_weight)
+        assert torch.equal(lent.d_input, other.d_input)
     assert not torch.equal(lent.d_weight, ours(head, policy="exact").d_weight)
+
+
+def test_regions_end_before_their_rows_are_written():
+    """From the first rows of dC on, nobody wants any but the tail's masses, which come first."""
+    from crosscut.backends.triton.select import LAST_STEP, Step
+
+    assert next(iter(LAST_STEP)) == "tail_mass"
+    later = {name for name, step in LAST_STEP.items() if step >= Step.FIRST_ROWS}
+    assert later == {"tail_mass"}
+
+
+@pytest.mark.parametrize("name", ["dz", "tail_mass"])
+def test_what_is_read_too_late_is_seen(monkeypatch, drop_below, name):
+    """Where the table says that a region's life ends too early, poison reaches the gradient."""
+    from crosscut.backends.triton import select
+    from crosscut.device import workspace
+
+    drop_below(2.0**-9)
+    head = peaked((64, 256, 700))
+    right = ours(head, policy="filtered")
+    monkeypatch.setattr(workspace, "poisons", True)
+    monkeypatch.setitem(select.LAST_STEP, name, select.Step.GRADIENT)
+    assert not torch.equal(ours(head, policy="filtered").d_weight, right.d_weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_the_exact_gradient_in_rows_of_its_own(monkeypatch, dtype):
     """Chunks in dC, in less of it, and in memory of their own: each class is in one of them."""
-    from crosscut.backends.triton import sweep
+    from crosscut.backends.triton import chunks, select
 
     head = make_head((150, 128, 3000), dtype, ignored=0.3)
     whole = ours(head, policy="exact")
     parts = []
 
     def spy(*arguments):
-        parts.extend(workspaces(*arguments))
+        parts.extend(chunks.plan_parts(*arguments))
         return parts
 
-    workspaces = sweep._workspaces
-    monkeypatch.setattr(sweep, "_workspaces", spy)
-    monkeypatch.setattr(sweep, "workspace_limit", lambda: 256 * 256 * dtype.itemsize)
+    monkeypatch.setattr(select, "plan_parts", spy)
+    monkeypatch.setattr(chunks, "workspace_limit", lambda: 256 * 256 * dtype.itemsize)
     found = ours(head, policy="exact")
-    assert [classes.stop - classes.start > 0 for classes, _ in parts] == 3 * [True]
-    assert [number for classes, _ in parts for number in classes] == [*range(3000)]
-    assert len({dz.untyped_storage().data_ptr() for _, dz in parts}) == 2
+    assert [len(part.classes) > 0 for part in parts] == 3 * [True]
+    assert [number for part in parts for number in part.classes] == [*range(3000)]
+    assert [part.layout.offset["dz"] is None for part in parts] == [False, False, True]
     assert torch.equal(found.d_weight, whole.d_weight)
     true = outcome(reference.linear_cross_entropy, head.double())
     theirs = outcome(reference.linear_cross_entropy, head)
@@ -299,59 +329,71 @@ def test_the_exact_gradient_in_rows_of_its_own(monkeypatch, dtype):
 )
 def test_every_class_has_a_workspace(monkeypatch, limit, shape):
     """Each is in one part, and none is empty, however little there is."""
-    from crosscut.backends.triton import sweep
+    from crosscut.backends.triton import chunks
 
-    monkeypatch.setattr(sweep, "workspace_limit", lambda: limit)
-    head = make_head(shape, torch.bfloat16)
-    parts = []
-
-    def spy(*arguments):
-        parts.extend(workspaces(*arguments))
-        return parts[:0]
-
-    workspaces = sweep._workspaces
-    monkeypatch.setattr(sweep, "_workspaces", spy)
-    ours(head, policy="exact")
-    assert all(len(classes) for classes, _ in parts)
-    assert [number for classes, _ in parts for number in classes] == [*range(shape[2])]
-    assert all(dz.shape[1] >= 128 for _, dz in parts)
+    monkeypatch.setattr(chunks, "workspace_limit", lambda: limit)
+    num_tokens, hidden_size, num_classes = shape
+    classifier = torch.empty(num_classes, hidden_size, dtype=torch.bfloat16)
+    parts = chunks.plan_parts(some_problem(num_tokens, classifier), classifier)
+    assert all(len(part.classes) for part in parts)
+    assert [number for part in parts for number in part.classes] == [*range(num_classes)]
+    for part in parts:
+        dz = part.workspace(CPU, classifier)
+        assert dz.shape == (256, dz.shape[1])
+        assert dz.shape[1] >= 128
 
 
-def test_scratch():
-    from crosscut.device.workspace import Workspace
+def some_problem(num_tokens: int, classifier: Tensor) -> HeadProblem:
+    return HeadProblem(
+        hidden=classifier.new_empty(num_tokens, classifier.shape[1]),
+        classifier=classifier,
+        bias=None,
+        labels=torch.empty(num_tokens, dtype=torch.int64),
+        logit_weight=None,
+        options=LossOptions(),
+    )
 
-    lender = torch.zeros(100, 64, dtype=torch.bfloat16)
-    workspace = Workspace(CPU, lender, 40)
-    assert workspace.taken_from == 100
-    first = workspace.new(3, 100, dtype=torch.float32).fill_(1)
-    second = workspace.new(10, dtype=torch.bfloat16).fill_(2)
-    assert workspace.taken_from == 100 - 10 - 2
+
+def test_workspace(monkeypatch):
+    from crosscut.device import workspace
+    from crosscut.device.workspace import Layout, Lender, Region, Workspace
+
+    matrix = torch.zeros(100, 64, dtype=torch.bfloat16)
+    regions = {
+        "first": Region((3, 100), torch.float32, until=1),
+        "second": Region((10,), torch.bfloat16, until=2),
+        "too large": Region((10_000,), torch.int32),
+        "alone": Region((2, 3), torch.int8, alone=True),
+    }
+    layout = Layout(regions, Lender.of(matrix, 40))
+    assert layout.first_row == 100 - 10 - 2
+    made = Workspace(layout, CPU, matrix)
+    first, second = made["first"].fill_(1), made["second"].fill_(2)
     assert (first.shape, second.shape) == ((3, 100), (10,))
+    assert made["first"] is first
     assert (first == 1).all()
-    assert {piece.data_ptr() % 64 for piece in (first, second)} == {lender.data_ptr() % 64}
-    assert not lender[:88].any()
-    too_large = workspace.new(10_000, dtype=torch.int32)
-    assert too_large.untyped_storage().data_ptr() != lender.data_ptr()
-    assert workspace.taken_from == 88
-    alone = Workspace(CPU)
-    assert alone.new(2, 3, dtype=torch.int8).shape == (2, 3)
-    assert alone.taken_from is None
+    assert {piece.data_ptr() % 64 for piece in (first, second)} == {matrix.data_ptr() % 64}
+    assert not matrix[:88].any()
+    for name in ("too large", "alone"):
+        assert layout.offset[name] is None
+        assert made[name].untyped_storage().data_ptr() != matrix.data_ptr()
+    made.end(1)
+    assert (first == 1).all()
+    monkeypatch.setattr(workspace, "poisons", True)
+    made.end(2)
+    assert second.isnan().all()
+    without = Layout(regions)
+    assert without.first_row is None
+    assert Workspace(without, CPU)["second"].shape == (10,)
 
 
 def test_room_for_pairs(monkeypatch):
     """Within what the exact gradient would have, a fixed number at least, a quarter at most."""
-    from crosscut.backends.protocol import HeadProblem
-    from crosscut.backends.triton.column_filter import MOST_SELECTED, capacity_for_pairs
-    from crosscut.options import LossOptions
+    from crosscut.backends.column_filter import MOST_SELECTED, capacity_for_pairs
 
     def room(tokens: int, classes: int) -> int:
         """Of a block of 16 tokens."""
-        hidden = torch.empty(tokens, 8, dtype=torch.bfloat16)
-        problem = HeadProblem(
-            hidden=hidden, classifier=torch.empty(classes, 8, dtype=torch.bfloat16), bias=None,
-            labels=torch.empty(tokens, dtype=torch.int64), logit_weight=None,
-            options=LossOptions(),
-        )  # fmt: skip
+        problem = some_problem(tokens, torch.empty(classes, 8, dtype=torch.bfloat16))
         return capacity_for_pairs(problem, lends=False).pairs // max(1, -(-tokens // 16))
 
     monkeypatch.setattr("crosscut.options._workspace_limit", 2**20)
@@ -363,11 +405,11 @@ def test_room_for_pairs(monkeypatch):
 
 
 def test_entries_that_do_not_fit_get_the_exact_gradient(monkeypatch, drop_below):
-    from crosscut.backends.triton import filtered
+    from crosscut.backends.triton import project
 
     drop_below(2.0**-7)  # so that some classes are kept by few blocks: only they have nonzeros
     head = peaked((80, 32, 120))
-    monkeypatch.setattr(filtered, "NONZEROS_PER_TOKEN", 0)
+    monkeypatch.setattr(project, "NONZEROS_PER_TOKEN", 0)
     for auto, exact in zip(ours(head)[:3], ours(head, policy="exact")[:3], strict=True):
         assert auto is not None
         assert exact is not None
@@ -454,8 +496,7 @@ def test_labels_come_first(num_classes):
 def test_lists_of_kept_pairs(
     num_rows, first_level, blocks, num_classes, most_hot, deferred_from, most_deferred
 ):
-    from crosscut.device.workspace import Workspace
-    from crosscut.kernels.selected_pairs import LEVELS, select_pairs
+    from crosscut.kernels.selected_pairs import LEVELS, Limits, select_pairs
 
     block_n, block_slots = 16, 32
     used = -(-num_rows // block_n)
@@ -479,9 +520,9 @@ def test_lists_of_kept_pairs(
     vectors[num_rows:] = 0
     tokens = some_tokens(num_rows, vectors)
     found = select_pairs(
-        mass, tokens, torch.empty_like(mass), Workspace(CPU),
-        block_n=block_n, num_slots=2**18, block_slots=block_slots, most_tail=1.0,
-        most_hot=most_hot, deferred_from=deferred_from, most_deferred=most_deferred,
+        mass, tokens, workspace_for(mass, 2**18),
+        Limits(1.0, most_hot, deferred_from, most_deferred),
+        block_n=block_n, block_slots=block_slots,
     )  # fmt: skip
 
     reached = torch.where(found.threshold[0] > 1e38, torch.inf, found.threshold[0])
@@ -516,15 +557,25 @@ def test_lists_of_kept_pairs(
 
 
 def test_too_many_pairs_are_not_listed():
-    from crosscut.device.workspace import Workspace
-    from crosscut.kernels.selected_pairs import select_pairs
+    from crosscut.kernels.selected_pairs import Limits, select_pairs
 
     mass, tokens = torch.full((2, 300), torch.inf), some_tokens(32, torch.ones(32, 6))
     found = select_pairs(
-        mass, tokens, torch.empty_like(mass), Workspace(CPU), block_n=16, num_slots=512,
-        block_slots=32, most_tail=1e9, most_hot=300, deferred_from=300, most_deferred=0,
+        mass, tokens, workspace_for(mass, 512), Limits(1e9, 300, 300, 0),
+        block_n=16, block_slots=32,
     )  # fmt: skip
     assert (int(found.num_rows), int(found.exact_rows)) == (-1, 32)
+
+
+def workspace_for(mass: Tensor, num_slots: int) -> Any:
+    from crosscut.device.workspace import Layout, Region, Workspace
+    from crosscut.kernels.selected_pairs import list_shapes
+
+    blocks, num_classes = mass.shape
+    shapes = list_shapes(blocks, num_classes, num_slots)
+    shapes["tail_mass"] = (blocks, num_classes), mass.dtype
+    regions = {name: Region(shape, dtype) for name, (shape, dtype) in shapes.items()}
+    return Workspace(Layout(regions), CPU)
 
 
 def some_tokens(num_rows: int, vectors: Tensor) -> Any:

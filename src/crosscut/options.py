@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 GradientPolicy = Literal[
     "auto", "filtered", "exact", "cce", "cce_kahan", "cce_kahan_full_c", "cce_kahan_full_e"
@@ -46,6 +46,23 @@ REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 DIVERGENCES: tuple[str, ...] = get_args(Divergence)
 
 
+class PaperFilter(NamedTuple):
+    """Variants of Algorithm 3 of the paper (arXiv:2411.09009, section 4.3)."""
+
+    filter_c: bool = True  # whether dC leaves out the tiles that the filter finds
+    filter_e: bool = True  # whether dH does
+    accumulate_wide: bool = True  # whether sums across blocks are in float32, not in the own dtype
+
+
+PAPER_FILTERS: dict[str, PaperFilter] = {
+    "cce": PaperFilter(accumulate_wide=False),
+    "cce_kahan": PaperFilter(),
+    "cce_kahan_full_c": PaperFilter(filter_c=False),
+    "cce_kahan_full_e": PaperFilter(filter_e=False),
+}
+"""What the paper's gradient policies say."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeadOptions:
     """How the head makes its logits, and how they are to be computed.
@@ -66,6 +83,11 @@ class HeadOptions:
             logit_scale=check_finite("logit_scale", self.logit_scale),
         )
         _check_choice("policy", self.policy, POLICIES)
+
+    @property
+    def paper_filter(self) -> PaperFilter | None:
+        """What the gradient policy says if it is one of the paper's, else None."""
+        return PAPER_FILTERS.get(self.policy)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -229,6 +229,15 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
+def zero_gradients(problem: HeadProblem, needs: Needs) -> Gradients:
+    """Those of a call without tokens."""
+    inputs = problem.hidden, problem.classifier, problem.bias
+    return Gradients(*(
+        None if value is None or not need else value.new_zeros(value.shape)
+        for value, need in zip(inputs, needs, strict=True)
+    ))  # fmt: skip
+
+
 class Backend(Protocol):
     """A way to compute the statistics of a head and their gradients."""
 

@@ -1,9 +1,10 @@
 """The rows of dC of all classes that are not hot, from single nonzeros of dz.
 
-Most elements of a kept pair are too small to matter alone. An *nonzero* (see :mod:`.pair_gradient`)
-is one that is not:
+Most elements of a selected pair are too small to matter alone. A *nonzero* (see
+:mod:`.pair_gradient`) is one that matters; all others are taken for 0, and their sums stand for
+them:
 
-    dC[v] = scale * (sum_entries dz[n, v] H[n]  +  sum_b column_mass[b, v] w[b])
+    dC[v] = scale * (sum_nonzeros dz[n, v] H[n]  +  sum_b column_mass[b, v] w[b])
 
 **Nonzeros** are listed cell by cell (CELL classes), within a cell by block, slot and token:
 
@@ -17,14 +18,14 @@ cell first. The work is waiting for rows, so there are many small programs. Nonz
 product, STEP at a time:
 
                             H[tokens]  [STEP, BLOCK_D]
-    one value a column      +-----+
+    one value per column    +-----+
     +-----+                 |#####|
     | x x | [CELL, STEP]    +-----+      rows gathered from the L2 cache
     +-----+
 
 Every row is written once, in one order of sums.
 
-**Cost.** A row of H read an nonzero (from L2), dC written once.
+**Cost.** A row of H read per nonzero (from L2), dC written once.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from crosscut.device.tiles import Tiles
 from crosscut.device.workspace import Workspace
 from crosscut.kernels.logits_tile import dot_tile
 from crosscut.kernels.pair_gradient import PairGradient, is_nonzero_of, nonzero_size
-from crosscut.kernels.selected_pairs import CELL, SelectedPairs
+from crosscut.kernels.selected_pairs import CELL, SelectedPairs, Shape
 from crosscut.kernels.softmax_gradient import Tokens
 
 COUNT_CELLS, LIST_SLOTS = 32, 8
@@ -53,7 +54,7 @@ class Nonzeros(NamedTuple):
     end: Tensor  # [cells * blocks] int32, nonzeros up to the end of each (cell, block)
     place: Tensor  # [most] int32
     value: Tensor  # [most], the dtype of H
-    num_rows: Tensor  # [1] int32, as of the pairs; -1 too where there is no room for all
+    num_rows: Tensor  # [1] int32, as of the pairs; -1 too where not all of them fit
     exact_rows: Tensor  # [1] int32, the same the other way round
 
 
@@ -135,6 +136,15 @@ def list_nonzeros_kernel(
         tl.store(exact_rows_ptr, tl.where(fits, -1, tl.load(all_rows_ptr)))
 
 
+def nonzero_shapes(blocks: int, num_classes: int, num_slots: int) -> dict[str, Shape]:
+    """What :func:`list_nonzeros` needs of a workspace, by name."""
+    cells = triton.cdiv(num_classes, CELL)
+    return {
+        "nonzeros_before": ((num_slots,), torch.int32),
+        "nonzero_count": ((cells * blocks,), torch.int32),
+    }
+
+
 def list_nonzeros(
     all_rows: Tensor,
     tokens: Tokens,
@@ -148,12 +158,12 @@ def list_nonzeros(
     """List the nonzeros of classes that are not hot.
 
     Args:
-        all_rows: [1] int32, how many rows take part, whatever ``tokens.num_rows`` says.
-        tokens: those that take part.
+        all_rows: [1] int32, how many rows are valid, whatever ``tokens.num_rows`` says.
+        tokens: the valid ones.
         pairs: the lists of pairs.
         gradient: of the pairs.
-        workspace: for what is not returned.
-        most: room for nonzeros.
+        workspace: with the regions of :func:`nonzero_shapes`.
+        most: capacity for nonzeros.
         nonzero: as in ``gradient``.
     """
     blocks, cells = len(pairs.tail), pairs.cell_start.shape[1] - 1
@@ -161,8 +171,7 @@ def list_nonzeros(
     def new(size: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=pairs.columns.device)
 
-    before = workspace.new(len(pairs.columns), dtype=torch.int32)
-    count = workspace.new(cells * blocks, dtype=torch.int32)
+    before, count = workspace["nonzeros_before"], workspace["nonzero_count"]
     count_nonzeros_kernel[(blocks, triton.cdiv(cells, COUNT_CELLS))](
         tokens.num_rows, gradient.num_nonzeros, pairs.cell_start, before, count, blocks, cells,
         CELL=CELL, CELLS=COUNT_CELLS,
@@ -263,7 +272,7 @@ def d_classifier_of_nonzeros(
     Args:
         out: [V, D], contiguous.
         classes: whose rows; they begin at a multiple of CELL.
-        tokens: those that take part.
+        tokens: the valid ones.
         nonzeros: the lists.
         pairs: which classes are hot.
         tail: column masses of these classes and all that follow, [blocks, their number], and rows

@@ -1,32 +1,32 @@
-"""Gradient of the logits of the kept pairs, and what of the softmax they leave.
+"""Gradient of the logits of the selected pairs, and what of the softmax they leave.
 
-For each kept pair (block of BLOCK_N tokens b, class v), see :mod:`.selected_pairs`, and each hot
-class in all blocks, its BLOCK_N logits are made again, and
+For each selected pair (block of BLOCK_N tokens b, class v), see :mod:`.selected_pairs`, and each
+hot class in all blocks, its BLOCK_N logits are made again, and
 
     dz[slot, n] = factor[n] p[n, v] slope[n, v]        or d_own[n] slope[n, v] at its own class
 
-(see :mod:`.gather_tokens`) is stored in the dtype of H, side by side. Rows of C of hot classes
-lie side by side, and TMA loads them; those of the other pairs are gathered. That is all that dH
-needs of the kept pairs. dC is made of the hot classes' pairs, whole, and of single *nonzeros* of
-the others: those with
+(see :mod:`.gather_tokens`) is stored in the dtype of H, side by side. Rows of C of hot classes lie
+side by side, and TMA loads them; those of the other pairs are gathered. That is all that dH needs
+of the selected pairs. dC is made of the hot classes' pairs, whole, and of the single *nonzeros* of
+the others: the elements with
 
     |dz| > nonzero threshold |factor| rest        and every own class's,
 
 where ``rest`` is the mass of all classes but the token's own, as large as its gradient, and
-``threshold`` that of the block's kept pairs: the flatter the softmax, the smaller what counts.
+``threshold`` that of the block's selected pairs: the flatter the softmax, the smaller what counts.
 
-**Who owns what.** A tile is SLOTS slots of one block. One program a multiprocessor. First the
-hot classes, all tiles of a block before the next block's. Then the first tile of every block,
-the second of every block, and so on: what runs at once gathers its rows of C from one region of the
+**Who owns what.** A tile is SLOTS slots of one block. One program per multiprocessor. First the hot
+classes, all tiles of a block before the next block's. Then the first tile of every block, the
+second of every block, and so on: what runs at once gathers its rows of C from one region of the
 vocabulary, and finds them in the L2 cache.
 
 **The rest.** What is left out has row sums and column sums too; they are what stands for it. Here
-the kept softmax ``slope p``, but for the tokens' own classes, is summed, tile by tile: over a
-tile's slots, for each token, of all pairs (``selected_mass``) and of those nonzeros that dC has
-(``nonzero_mass``); over a pair's tokens, of what is no nonzero and relative to the token's ``rest``
-(into ``column_mass``, in place of 0).
+the selected softmax ``slope p``, but for the tokens' own classes, is summed, tile by tile: over a
+tile's slots, for each token, of all pairs (``selected_mass``) and of the nonzeros that dC has
+(``nonzero_mass``); over a pair's tokens, of all elements but the nonzeros, relative to the token's
+``rest`` (into ``column_mass``, in place of 0).
 
-**Cost.** 2 flop a (pair, token, dimension), and 2 bytes written a (pair, token).
+**Cost.** 2 flop per (pair, token, dimension), and 2 bytes written per (pair, token).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from crosscut.kernels.logits_tile import (
     logits_of,
     slope_of,
 )
-from crosscut.kernels.selected_pairs import SelectedPairs
+from crosscut.kernels.selected_pairs import SelectedPairs, Shape
 from crosscut.kernels.softmax_gradient import Tokens
 
 TAIL_D = 128
@@ -57,55 +57,139 @@ TAIL_D = 128
 
 
 class PairGradient(NamedTuple):
-    """dz of the kept pairs, and sums of the kept softmax by tile of slots. Float32 but for dz.
+    """dz of the selected pairs, and sums of their softmax by tile of slots. Float32 but for dz.
 
-    All are workspace. Of hot classes, where all of a pair is nonzeros, there are ``dz`` and the
-    two masses, which are equal.
+    All lie in a workspace. Of hot classes, where all of a pair counts as nonzero, there are ``dz``
+    and the two masses, which are equal.
     """
 
     dz: Tensor  # [slots, BLOCK_N]
     num_nonzeros: Tensor  # [slots] int32
     selected_mass: Tensor  # [slot tiles, BLOCK_N]
     nonzero_mass: Tensor  # [slot tiles, BLOCK_N]
-    rest: Tensor  # [slots], mass of a pair that is in no nonzero
+    rest: Tensor  # [slots], mass of a pair but for its nonzeros
 
 
 @triton.jit
 def nonzero_size(vectors, valid, nonzero):
-    """What an element of dz must exceed to be an nonzero of dC, given pointers to vectors."""
+    """What an element of dz must exceed to be a nonzero of dC, given pointers to vectors."""
     factor = tl.load(vectors + 1, mask=valid, other=0.0)
     return nonzero * tl.abs(factor) * tl.load(vectors + 5, mask=valid, other=0.0)
 
 
 @triton.jit
 def is_nonzero_of(dz, size, is_own):
-    """Whether an element of dz, as stored, is an nonzero of dC."""
+    """Whether an element of dz, as stored, is a nonzero of dC."""
     negligible = tl.abs(dz) <= size  # a NaN is not
     return (negligible == 0) | is_own
 
 
+@triton.jit
+def pair_products(
+    HOT: tl.constexpr,
+    hidden,  # (hidden_ptr, hidden_desc)
+    head,  # (classifier_ptr, hot_head_ptr, hot_head_desc)
+    lists,  # (columns_ptr, hot_ptr) at the tile's first
+    first_rank,
+    first_row,
+    sizes,  # (hidden_size, stride_v, stride_d)
+    TILE: tl.constexpr,
+):
+    """The classes [SLOTS] of a tile, and their products with the tokens [SLOTS, BLOCK_N]."""
+    hidden_ptr, hidden_desc = hidden
+    classifier_ptr, hot_head_ptr, hot_head_desc = head
+    columns_ptr, hot_ptr = lists
+    hidden_size, stride_v, stride_d = sizes
+    in_tile = tl.arange(0, TILE[1])
+    if HOT:
+        classes = tl.load(hot_ptr + in_tile)
+        product = class_product_tile(
+            hidden_ptr, hidden_desc, hot_head_ptr, hot_head_desc, first_row, first_rank + in_tile,
+            first_rank, hidden_size, hidden_size, 1, TILE,
+        )  # fmt: skip
+    else:
+        classes = tl.load(columns_ptr + in_tile)
+        product = class_product_tile(
+            hidden_ptr, hidden_desc, classifier_ptr, None, first_row, classes, 0,
+            hidden_size, stride_v, stride_d, TILE,
+        )  # fmt: skip
+    return classes, product
+
+
+@triton.jit
+def store_gradient(
+    HOT: tl.constexpr,
+    product,  # [SLOTS, BLOCK_N]
+    classes,
+    slots,
+    valid_slots,  # [SLOTS] each
+    slot_tile,
+    first_row,
+    tokens,  # (num_rows, own_ptr, vectors_ptr)
+    logits,  # (logit_scale, softcap)
+    out,  # (dz_ptr, num_nonzeros_ptr, selected_mass_ptr, nonzero_mass_ptr, rest_ptr)
+    nonzero,
+    PARTS: tl.constexpr,
+):
+    """Store dz of a tile and the sums over its slots.
+
+    Returns the nonzeros of each slot, and its mass that is in none of them, over the tokens' rest.
+    """
+    SLOTS: tl.constexpr = product.shape[0]
+    BLOCK_N: tl.constexpr = product.shape[1]
+    num_rows, own_ptr, vectors_ptr = tokens
+    logit_scale, softcap = logits
+    dz_ptr, _, selected_mass_ptr, nonzero_mass_ptr, _ = out
+    count = tl.zeros((SLOTS,), tl.int32)
+    rest = tl.zeros((SLOTS,), tl.float32)
+    for part in tl.static_range(PARTS):
+        token = first_row + part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
+        valid = token < num_rows
+        vectors = vectors_ptr + token * 6
+        lse = tl.load(vectors, mask=valid, other=0.0)
+        factor = tl.load(vectors + 1, mask=valid, other=0.0)[None, :]
+        d_own = tl.load(vectors + 2, mask=valid, other=0.0)[None, :]
+        own = tl.load(own_ptr + token, mask=valid, other=-1)
+        z = product  # [SLOTS, BLOCK_N / PARTS]
+        if PARTS > 1:
+            z = column_part(product, part, PARTS, SLOTS, BLOCK_N)
+        z = logits_of(z, None, logit_scale, softcap)
+        p = tl.exp2((z - lse[None, :]) * LOG2_E)
+        inside = valid[None, :] & valid_slots[:, None]
+        is_own = (classes[:, None] == own[None, :]) & inside
+        p = tl.where(inside & (is_own == 0), p, 0.0)
+        at_own = tl.where(is_own, d_own, 0.0)
+        if softcap is not None:
+            slope = slope_of(z, softcap)
+            at_own *= slope
+            p *= slope
+        dz = (factor * p + at_own).to(dz_ptr.dtype.element_ty)
+        in_block = part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
+        place = slots.to(tl.int64)[:, None] * BLOCK_N + in_block[None, :]
+        tl.store(dz_ptr + place, dz)
+
+        sums = slot_tile * BLOCK_N + in_block
+        selected = tl.sum(p, 0)
+        tl.store(selected_mass_ptr + sums, selected)
+        if HOT:
+            tl.store(nonzero_mass_ptr + sums, selected)
+        else:
+            size = nonzero_size(vectors, valid, nonzero)[None, :]
+            is_nonzero = is_nonzero_of(dz.to(tl.float32), size, is_own)
+            count += tl.sum(is_nonzero.to(tl.int32), 1)
+            others = tl.load(vectors + 5, mask=valid, other=0.0)
+            share = tl.where(others > 0, 1 / others, 0.0)[None, :]
+            rest += tl.sum(tl.where(is_nonzero, 0.0, p * share), 1)
+            tl.store(nonzero_mass_ptr + sums, tl.sum(tl.where(is_nonzero, p, 0.0), 0))
+    return count, rest
+
+
 @kernel
 def pair_gradient_kernel(
-    num_rows_ptr,
-    hidden_ptr,
-    hidden_desc,
-    own_ptr,
-    vectors_ptr,  # [N, 6]
-    classifier_ptr,
-    head_ptr,
-    head_desc,
-    bias_ptr,
-    columns_ptr,
-    cell_start_ptr,
-    hot_ptr,
-    hot_count_ptr,
-    threshold_ptr,
-    column_mass_ptr,
-    dz_ptr,
-    num_nonzeros_ptr,
-    selected_mass_ptr,
-    nonzero_mass_ptr,
-    rest_ptr,
+    tokens,  # (num_rows_ptr, hidden_ptr, hidden_desc, own_ptr, vectors_ptr [N, 6])
+    head,  # (classifier_ptr, hot_head_ptr, hot_head_desc)
+    pairs,  # (columns_ptr, cell_start_ptr, hot_ptr, hot_count_ptr, threshold_ptr, column_mass_ptr)
+    out,  # (dz_ptr, num_nonzeros_ptr, selected_mass_ptr, nonzero_mass_ptr, rest_ptr)
     num_blocks,
     cells,
     num_classes,
@@ -121,6 +205,9 @@ def pair_gradient_kernel(
     BLOCK_N: tl.constexpr = TILE[0]
     SLOTS: tl.constexpr = TILE[1]
     PARTS: tl.constexpr = 4 if SLOTS == 256 else 1  # a whole tile of 256 does not fit in registers
+    num_rows_ptr, hidden_ptr, hidden_desc, own_ptr, vectors_ptr = tokens
+    columns_ptr, cell_start_ptr, hot_ptr, hot_count_ptr, threshold_ptr, column_mass_ptr = pairs
+    _, num_nonzeros_ptr, _, _, rest_ptr = out
     num_rows = tl.load(num_rows_ptr)
     blocks = tl.cdiv(tl.maximum(num_rows, 0), BLOCK_N)
     num_hot = tl.load(hot_count_ptr)
@@ -128,8 +215,8 @@ def pair_gradient_kernel(
     most_tiles = 0
     for block in range(blocks):
         start = cell_start_ptr + block * (cells + 1)
-        pairs = tl.load(start + cells) - tl.load(start)
-        most_tiles = tl.maximum(most_tiles, tl.cdiv(pairs, SLOTS))
+        num_pairs = tl.load(start + cells) - tl.load(start)
+        most_tiles = tl.maximum(most_tiles, tl.cdiv(num_pairs, SLOTS))
 
     programs = tl.num_programs(0)
     for HOT in tl.static_range(1, -1, -1):
@@ -146,6 +233,7 @@ def pair_gradient_kernel(
                 slots = rank * num_blocks + block
                 slot_tile = index % hot_tiles * num_blocks + block
                 some = True
+                first_slot = 0
             else:
                 block = index % blocks
                 start = cell_start_ptr + block * (cells + 1)
@@ -155,68 +243,18 @@ def pair_gradient_kernel(
                 valid_slots = slots < end_slot
                 slot_tile = first_slot // SLOTS
                 some = first_slot < end_slot
+                first_rank = 0
             if some:
-                if HOT:
-                    classes = tl.load(hot_ptr + rank)
-                    product = class_product_tile(
-                        hidden_ptr, hidden_desc, head_ptr, head_desc, block * BLOCK_N, rank,
-                        first_rank, hidden_size, hidden_size, 1, TILE,
-                    )  # fmt: skip
-                else:
-                    classes = tl.load(columns_ptr + slots)
-                    product = class_product_tile(
-                        hidden_ptr, hidden_desc, classifier_ptr, None, block * BLOCK_N, classes, 0,
-                        hidden_size, stride_v, stride_d, TILE,
-                    )  # fmt: skip
-
-                bias = None
-                if bias_ptr is not None:
-                    bias = tl.load(bias_ptr + classes, mask=valid_slots, other=0.0)
-                    bias = bias.to(tl.float32)[:, None]
+                lists = columns_ptr + first_slot, hot_ptr + first_rank
+                classes, product = pair_products(
+                    HOT, (hidden_ptr, hidden_desc), head, lists, first_rank, block * BLOCK_N,
+                    (hidden_size, stride_v, stride_d), TILE,
+                )  # fmt: skip
                 of_block = nonzero * tl.load(threshold_ptr + num_blocks + block)
-                count = tl.zeros((SLOTS,), tl.int32)
-                rest = tl.zeros((SLOTS,), tl.float32)
-                for part in tl.static_range(PARTS):
-                    tokens = block * BLOCK_N + part * (BLOCK_N // PARTS)
-                    tokens += tl.arange(0, BLOCK_N // PARTS)
-                    valid = tokens < num_rows
-                    vectors = vectors_ptr + tokens * 6
-                    lse = tl.load(vectors, mask=valid, other=0.0)
-                    factor = tl.load(vectors + 1, mask=valid, other=0.0)[None, :]
-                    d_own = tl.load(vectors + 2, mask=valid, other=0.0)[None, :]
-                    own = tl.load(own_ptr + tokens, mask=valid, other=-1)
-                    z = product  # [SLOTS, BLOCK_N / PARTS]
-                    if PARTS > 1:
-                        z = column_part(product, part, PARTS, SLOTS, BLOCK_N)
-                    z = logits_of(z, bias, logit_scale, softcap)
-                    p = tl.exp2((z - lse[None, :]) * LOG2_E)
-                    inside = valid[None, :] & valid_slots[:, None]
-                    is_own = (classes[:, None] == own[None, :]) & inside
-                    p = tl.where(inside & (is_own == 0), p, 0.0)
-                    at_own = tl.where(is_own, d_own, 0.0)
-                    if softcap is not None:
-                        slope = slope_of(z, softcap)
-                        at_own *= slope
-                        p *= slope
-                    dz = (factor * p + at_own).to(dz_ptr.dtype.element_ty)
-                    in_block = part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
-                    place = slots.to(tl.int64)[:, None] * BLOCK_N + in_block[None, :]
-                    tl.store(dz_ptr + place, dz)
-
-                    sums = slot_tile * BLOCK_N + in_block
-                    kept = tl.sum(p, 0)
-                    tl.store(selected_mass_ptr + sums, kept)
-                    if HOT:
-                        tl.store(nonzero_mass_ptr + sums, kept)
-                    else:
-                        size = nonzero_size(vectors, valid, of_block)[None, :]
-                        is_nonzero = is_nonzero_of(dz.to(tl.float32), size, is_own)
-                        count += tl.sum(is_nonzero.to(tl.int32), 1)
-                        others = tl.load(vectors + 5, mask=valid, other=0.0)
-                        share = tl.where(others > 0, 1 / others, 0.0)[None, :]
-                        rest += tl.sum(tl.where(is_nonzero, 0.0, p * share), 1)
-                        tl.store(nonzero_mass_ptr + sums, tl.sum(tl.where(is_nonzero, p, 0.0), 0))
-
+                count, rest = store_gradient(
+                    HOT, product, classes, slots, valid_slots, slot_tile, block * BLOCK_N,
+                    (num_rows, own_ptr, vectors_ptr), (logit_scale, softcap), out, of_block, PARTS,
+                )  # fmt: skip
                 if not HOT:
                     tl.store(num_nonzeros_ptr + slots, count)
                     rest /= mass_unit
@@ -226,61 +264,65 @@ def pair_gradient_kernel(
                     tl.store(mass, rest, mask=valid_slots)
 
 
+def gradient_shapes(num_slots: int, dtype: torch.dtype, tiles: Tiles) -> dict[str, Shape]:
+    """What :func:`pair_gradient` fills in a workspace, by name."""
+    slot_tiles = num_slots // tiles.block_v
+    return {
+        "dz": ((num_slots, tiles.block_n), dtype),
+        "num_nonzeros": ((num_slots,), torch.int32),
+        "selected_mass": ((slot_tiles, tiles.block_n), torch.float32),
+        "nonzero_mass": ((slot_tiles, tiles.block_n), torch.float32),
+        "rest": ((num_slots,), torch.float32),
+    }
+
+
 def pair_gradient(
     head: Head,
     tokens: Tokens,
     pairs: SelectedPairs,
-    hot_head: Tensor,
     workspace: Workspace,
     tiles: Tiles,
     *,
     mass_unit: float,
     nonzero: float,
 ) -> PairGradient:
-    """Dz of every kept pair, and the sums of what is left. Nothing if ``tokens.num_rows < 0``.
+    """Dz of every selected pair, and the sums of what is left. Nothing if ``tokens.num_rows < 0``.
 
     Args:
-        head: the head; of its hidden states those in ``tokens`` are used.
-        tokens: those that take part, side by side, up to a multiple of BLOCK_N.
-        pairs: lists with a multiple of BLOCK_V slots a block; ``pairs.column_mass`` gets the rest
+        head: the head, without a bias; of its hidden states those in ``tokens`` are used.
+        tokens: the valid ones, side by side, up to a multiple of BLOCK_N.
+        pairs: lists with a multiple of BLOCK_V slots per block; ``pairs.column_mass`` gets the rest
             of each pair whose class is not hot.
-        hot_head: rows of ``head.classifier`` of hot classes, side by side, zeros in the
-            padding.
-        workspace: where the results go.
+        workspace: with the regions of :func:`gradient_shapes`, and ``hot_head``: rows of
+            ``head.classifier`` of hot classes, side by side, zeros in the padding.
         tiles: BLOCK_N tokens x BLOCK_V slots, in steps of BLOCK_D dimensions.
         mass_unit: unit of ``column_mass`` and ``rest``.
         nonzero: see the module.
     """
-    num_slots = len(pairs.columns)
-    slot_tiles = num_slots // tiles.block_v
-
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return workspace.new(*shape, dtype=dtype)
-
-    found = PairGradient(
-        dz=new(num_slots, tiles.block_n, dtype=head.hidden.dtype),
-        num_nonzeros=new(num_slots, dtype=torch.int32),
-        selected_mass=new(slot_tiles, tiles.block_n),
-        nonzero_mass=new(slot_tiles, tiles.block_n),
-        rest=new(num_slots),
-    )
+    found = PairGradient(*(workspace[name] for name in PairGradient._fields))
+    hot_head = workspace["hot_head"]
     pair_gradient_kernel[(num_programs(pairs.columns.device),)](
-        tokens.num_rows,
-        tokens.hidden,
-        descriptor(tokens.hidden, (tiles.block_n, tiles.block_d), tiles),
-        tokens.own,
-        tokens.vectors,
-        head.classifier,
-        hot_head,
-        descriptor(hot_head, (tiles.block_v, tiles.block_d), tiles),
-        head.bias,
-        pairs.columns,
-        pairs.cell_start,
-        pairs.hot,
-        pairs.hot_count,
-        pairs.threshold,
-        pairs.column_mass,
-        *found,
+        (
+            tokens.num_rows,
+            tokens.hidden,
+            descriptor(tokens.hidden, (tiles.block_n, tiles.block_d), tiles),
+            tokens.own,
+            tokens.vectors,
+        ),
+        (
+            head.classifier,
+            hot_head,
+            descriptor(hot_head, (tiles.block_v, tiles.block_d), tiles),
+        ),
+        (
+            pairs.columns,
+            pairs.cell_start,
+            pairs.hot,
+            pairs.hot_count,
+            pairs.threshold,
+            pairs.column_mass,
+        ),
+        tuple(found),
         len(pairs.column_mass),
         pairs.cell_start.shape[1] - 1,
         len(head.classifier),
@@ -327,7 +369,7 @@ def tail_kernel(
     pairs = tl.load(cell_start_ptr + block * (cells + 1) + cells) - start
     if block * BLOCK_N >= num_rows:
         pairs = 0
-    kept = tl.zeros((BLOCK_N,), tl.float32)
+    selected = tl.zeros((BLOCK_N,), tl.float32)
     entered = tl.zeros((BLOCK_N,), tl.float32)
     rest = 0.0
     hot_tiles = tl.where(num_rows < 0, 0, tl.cdiv(tl.load(hot_count_ptr), SLOTS))
@@ -335,10 +377,10 @@ def tail_kernel(
         mass = tl.load(
             selected_mass_ptr + (index * tl.num_programs(0) + block) * BLOCK_N + in_block
         )
-        kept += mass
+        selected += mass
         entered += mass
     for tile in range(start // SLOTS, start // SLOTS + tl.cdiv(pairs, SLOTS)):
-        kept += tl.load(selected_mass_ptr + tile * BLOCK_N + in_block)
+        selected += tl.load(selected_mass_ptr + tile * BLOCK_N + in_block)
         entered += tl.load(nonzero_mass_ptr + tile * BLOCK_N + in_block)
         rest += tl.sum(tl.load(rest_ptr + tile * SLOTS + tl.arange(0, SLOTS)), 0)
     tail = tl.load(tail_ptr + block)
@@ -348,7 +390,7 @@ def tail_kernel(
     mass = tl.load(mass_ptr + rows, mask=valid, other=0.0)
     # Where nothing is left there is nothing to stand for.
     if tl.program_id(1) == 0:
-        left = factor * tl.maximum(mass - kept, 0.0) / tl.where(tail > 0, tail, float("inf"))
+        left = factor * tl.maximum(mass - selected, 0.0) / tl.where(tail > 0, tail, float("inf"))
         tl.store(by_token_ptr + tokens, tl.where(valid, left, 0.0))
     tail += rest
     left = factor * tl.maximum(mass - entered, 0.0) / tl.where(tail > 0, tail, float("inf"))

@@ -1,4 +1,4 @@
-"""The products of Algorithm 3 over kept pairs: dH, and the hot classes' rows of dC.
+"""The products of Algorithm 3 over selected pairs: dH, and the hot classes' rows of dC.
 
 With ``dz`` [slots, BLOCK_N] as :mod:`.pair_gradient` stores it, of hot classes ``dz``
 [hot, N],
@@ -157,30 +157,27 @@ def d_hidden_of_pairs_kernel(
 
 def d_hidden_of_pairs(
     out: Tensor,
-    tokens: Tokens,
-    rows: Tensor,
+    valid: tuple[Tokens, Tensor],
     dz: Tensor,
-    classifier: Tensor,
-    hot_head: Tensor,
+    heads: tuple[Tensor, Tensor],
     pairs: SelectedPairs,
     tail: tuple[Tensor, Tensor],
     scale: Tensor,
     tiles: Tiles,
 ) -> None:
-    """Fill the rows of ``out`` [N, D] that take part. Nothing if ``tokens.num_rows < 0``.
+    """Fill the valid rows of ``out`` [N, D]. Nothing if ``num_rows`` is negative.
 
     Args:
         out: [N, D], contiguous.
-        tokens: those that take part.
-        rows: their positions, [N] int32.
+        valid: the valid tokens, and their positions [N] int32.
         dz: [slots, BLOCK_N], zeros in the padding.
-        classifier: [V, D].
-        hot_head: its rows of hot classes, of :func:`gather_hot_head`.
+        heads: C [V, D], and its rows of hot classes, of :func:`gather_hot_head`.
         pairs: the lists; a block's slots are a multiple of BLOCK_D (the step).
         tail: [N] float32 by token and [blocks, D] float32 by block.
         scale: [1] float32.
         tiles: BLOCK_N tokens x BLOCK_V dimensions, in steps of BLOCK_D slots.
     """
+    (tokens, rows), (classifier, hot_head) = valid, heads
     d_hidden_of_pairs_kernel[(num_programs(out.device),)](
         tokens.num_rows,
         rows,

@@ -1,9 +1,9 @@
-"""The pairs (block of tokens, class) that a filtered gradient keeps, listed on the device.
+"""The pairs (block of tokens, class) that a filtered gradient computes, listed on the device.
 
 The forward leaves ``column_mass`` [blocks, V]: of each pair the mass, SELECTED at the tokens' own
-classes. A pair is kept where it reaches the threshold of its block: that of the first level which
-leaves no more to the block's tail than its budget, or 0, which keeps all of the block, where none
-does. A block whose tokens have no gradient has no say: it keeps nothing but own classes.
+classes. A pair is selected where it reaches the threshold of its block: that of the first level
+which leaves no more to the block's tail than its budget, or 0, which selects all of the block,
+where none does. Of a block whose tokens have no gradient nothing but own classes is selected.
 
 **The budget** of a block of n tokens, with ``w = |factor| rest`` the size of a token's gradient,
 
@@ -13,33 +13,33 @@ What rounding does to a low-precision softmax grows with the size of the logits,
 may be left out. The last factor is the number of tokens that have the gradient: n where all w are
 equal, 1 where one token has all of it, and may have all of the tail too. The mean is weighted by w.
 
-Classes kept by at least half of the blocks are *hot*: few, and with most of the pairs. They are
-kept by every block, and are a small head of their own. ``hot`` lists them, in ascending order.
-The other kept pairs become, without the host knowing how many there are,
+Classes selected in at least half of the blocks are *hot*: few, and with most of the pairs. They are
+selected in every block, and are a small head of their own. ``hot`` lists them, in ascending order.
+The other selected pairs become, without the host knowing how many there are,
 
     columns[slot]          the class of each pair. Slots go block by block, and within a block by
                            class. A block's slots begin at a multiple of SLOTS.
     cell_start[b, t]       first slot of block b whose class is in cell t (CELL classes) or later
 
                    classes ->   cell 0   cell 1   cell 2
-    hot, in all blocks      slots  0..                       padding
+    hot, in all blocks          slots  0..                       padding
     block 0                     0 1 2    3        4 5 6          padding
     block 1                     ..
 
-The first slots are those of hot classes, of the r-th in block b ``r * blocks + b``: their dz is
-a matrix [hot, tokens]. What is neither kept nor hot is the tail, whose masses are left side
-by side. Hot classes from ``deferred_from`` on are *deferred*: there is less room for them. Those
-for which there is none are as any other class.
+The first slots are those of hot classes, of the r-th in block b ``r * blocks + b``: their dz is a
+matrix [hot, tokens]. All other pairs are the tail, whose masses are left side by side. Hot classes
+from ``deferred_from`` on are *deferred*: there is less memory for them. Those for which there is
+none are treated as any other class.
 
-**When not.** Where the pairs are more than there is room for, nothing is to be made of them, and
-``num_rows`` says so to whoever comes next.
+**When not.** Where there are more pairs than slots, nothing is to be made of them, and ``num_rows``
+says so to whoever comes next.
 
 **Who owns what.** Six launches. In the first a program owns a range of classes, and sums the tails
 that each threshold leaves in each block. In the second one owns a block, and chooses its threshold.
-In the third one owns a range of classes, in all blocks, and finds the hot ones. In the fourth
-one owns two cells, in all blocks, ranks its hot classes, and counts the other pairs. In the
-fifth one owns a block, and sums the counts before each of its cells. In the sixth one owns
-LIST_CELLS cells of a block, and lists. Only whole numbers are added by atomics. Bytes: five times
+In the third one owns a range of classes, in all blocks, and finds the hot ones. In the fourth one
+owns two cells, in all blocks, ranks its hot classes, and counts the other pairs. In the fifth one
+owns a block, and sums the counts before each of its cells. In the sixth one owns LIST_CELLS cells
+of a block, and lists. Only whole numbers are added by atomics. Bytes: five times
 ``column_mass``, and 4 a pair.
 """
 
@@ -64,27 +64,28 @@ PLACE_CELLS = 8192
 SURVEY_CLASSES, SURVEYORS = 128, 512
 
 LEVELS = 16
-"""Thresholds that a block can have. Level i keeps a pair from a mass of 2**(-i / 2) on."""
+"""Thresholds that a block can have. Level i selects a pair from a mass of 2**(-i / 2) on."""
 
 ANY_MASS = tl.constexpr(3e38)
 """A threshold that only own classes reach."""
 
 
-class SelectedPairs(NamedTuple):
-    """The lists; see the module. Nonzeros past the last are undefined unless said otherwise.
+Shape = tuple[tuple[int, ...], torch.dtype]
+"""Of a region in a workspace."""
 
-    All are workspace but for ``column_mass``, ``hot``, ``hot_rank`` and single numbers.
-    """
+
+class SelectedPairs(NamedTuple):
+    """The lists; see the module. What is past the last one is undefined unless said otherwise."""
 
     columns: Tensor  # [slots] int32; 0 in the padding, undefined in slots of hot classes
     cell_start: Tensor  # [blocks, cells + 1] int32
-    column_mass: Tensor  # [blocks, V], 0 in place of pairs that are kept, and of no tokens
+    column_mass: Tensor  # [blocks, V], 0 at selected pairs, and in blocks without tokens
     tail: Tensor  # [blocks] float32, sums of ``column_mass``
     threshold: Tensor  # [2, blocks] float32: of pairs, and that of a level, for nonzeros
     hot: Tensor  # [most_hot and padding] int32; -1 in the padding
     hot_count: Tensor  # [2] int32: how many, and how many are not deferred
     hot_rank: Tensor  # [V] int32, -1 for others
-    num_rows: Tensor  # [1] int32, the rows that take part; -1 if the pairs are of no use
+    num_rows: Tensor  # [1] int32, the valid rows; -1 if the pairs are of no use
     exact_rows: Tensor  # [1] int32, the same the other way round
 
 
@@ -202,11 +203,12 @@ def hot_before(
 @kernel
 def count_pairs_kernel(
     column_mass_ptr, num_rows_ptr, threshold_ptr, range_hot_ptr, is_hot_ptr, count_ptr,
-    block_count_ptr, tail_ptr, hot_ptr, hot_count_ptr, hot_rank_ptr, num_blocks,
-    num_classes, cells, surveyors, range_classes, most_hot, deferred_from, most_deferred,
+    block_count_ptr, tail_ptr, hot_lists, num_blocks, num_classes, cells, surveyors,
+    range_classes, most_hot, deferred_from, most_deferred,
     BLOCK_N: tl.constexpr, SLOTS: tl.constexpr, CELL: tl.constexpr, CELLS: tl.constexpr,
     SURVEYORS: tl.constexpr, SURVEY_CLASSES: tl.constexpr,
 ):  # fmt: skip
+    hot_ptr, hot_count_ptr, hot_rank_ptr = hot_lists
     num_rows = tl.load(num_rows_ptr)
     first_class = tl.program_id(0) * CELLS * CELL
     classes = first_class + tl.arange(0, CELLS * CELL)
@@ -247,13 +249,13 @@ def count_pairs_kernel(
         inside = (block < blocks)[:, None] & listed[None, :]
         mass = tl.load(place, mask=inside, other=0.0).to(tl.float32)  # [32, CELLS * CELL]
         threshold = tl.load(threshold_ptr + block, mask=block < num_blocks, other=0.0)
-        kept = (is_selected(mass, threshold[:, None]) & inside).to(tl.int32)
+        selected = (is_selected(mass, threshold[:, None]) & inside).to(tl.int32)
         place = count_ptr + block[:, None] * cells + cell[None, :]
         inside = (block < num_blocks)[:, None] & (cell < cells)[None, :]
-        tl.store(place, tl.sum(kept.reshape(32, CELLS, CELL), 2), mask=inside)
-        tl.atomic_add(block_count_ptr + block, tl.sum(kept, 1), mask=block < blocks)
+        tl.store(place, tl.sum(selected.reshape(32, CELLS, CELL), 2), mask=inside)
+        tl.atomic_add(block_count_ptr + block, tl.sum(selected, 1), mask=block < blocks)
         place = tail_ptr + block * tl.num_programs(0) + tl.program_id(0)
-        tl.store(place, tl.sum(tl.where(kept > 0, 0.0, mass), 1), mask=block < num_blocks)
+        tl.store(place, tl.sum(tl.where(selected > 0, 0.0, mass), 1), mask=block < num_blocks)
 
 
 @triton.jit
@@ -308,13 +310,13 @@ def list_pairs_kernel(
     inside &= rank < 0
     place = block.to(tl.int64) * num_classes + classes
     mass = tl.load(column_mass_ptr + place, mask=inside, other=0.0)  # [CELLS, CELL]
-    kept = is_selected(mass.to(tl.float32), tl.load(threshold_ptr + block)) & inside
-    tl.store(tail_mass_ptr + place, tl.where(kept, 0.0, mass), mask=classes < num_classes)
-    kept = kept.to(tl.int32)
+    selected = is_selected(mass.to(tl.float32), tl.load(threshold_ptr + block)) & inside
+    tl.store(tail_mass_ptr + place, tl.where(selected, 0.0, mass), mask=classes < num_classes)
+    selected = selected.to(tl.int32)
     cell_start_ptr += block * (cells + 1)
     first = tl.load(cell_start_ptr + cell, mask=cell < cells, other=0)
-    slot = first[:, None] + tl.cumsum(kept, 1) - 1
-    tl.store(columns_ptr + slot, classes, mask=(kept > 0) & (slot < num_slots))
+    slot = first[:, None] + tl.cumsum(selected, 1) - 1
+    tl.store(columns_ptr + slot, classes, mask=(selected > 0) & (slot < num_slots))
     if tl.program_id(1) == 0:
         end = tl.load(cell_start_ptr + cells)
         padding = end + tl.arange(0, SLOTS)
@@ -327,66 +329,89 @@ def list_pairs_kernel(
             tl.store(exact_rows_ptr, tl.where(filters, -1, num_rows))
 
 
+def list_shapes(blocks: int, num_classes: int, num_slots: int) -> dict[str, Shape]:
+    """What :func:`select_pairs` fills in a workspace, by name: lists, and what they are made of.
+
+    Args:
+        blocks: of tokens.
+        num_classes: V.
+        num_slots: capacity for pairs, those of hot classes too, and padding.
+    """
+    cells = triton.cdiv(num_classes, CELL)
+    surveyors = triton.cdiv(num_classes, _range_classes(num_classes))
+    return {
+        "columns": ((num_slots,), torch.int32),
+        "cell_start": ((blocks, cells + 1), torch.int32),
+        "tail": ((blocks,), torch.float32),
+        "count": ((blocks, cells), torch.int32),
+        "block_count": ((blocks,), torch.int32),
+        "chunk_tail": ((blocks, triton.cdiv(cells, COUNT_CELLS)), torch.float32),
+        "is_hot": ((num_classes,), torch.int8),
+        "tails": ((blocks, LEVELS, surveyors), torch.float32),
+        "range_hot": ((surveyors,), torch.int32),
+    }
+
+
+def _range_classes(num_classes: int) -> int:
+    """Classes of a program that surveys them."""
+    return triton.cdiv(num_classes, SURVEYORS * SURVEY_CLASSES) * SURVEY_CLASSES
+
+
+class Limits(NamedTuple):
+    """Of what is selected."""
+
+    most_tail: float  # what a block's budget is made of; see the module
+    most_hot: int  # capacity for hot classes
+    deferred_from: int  # the class from which on hot classes are deferred
+    most_deferred: int  # capacity for those
+
+
 def select_pairs(
     column_mass: Tensor,
     tokens: Tokens,
-    tail_mass: Tensor,
     workspace: Workspace,
+    limits: Limits,
     *,
     block_n: int,
-    num_slots: int,
     block_slots: int,
-    most_tail: float,
-    most_hot: int,
-    deferred_from: int,
-    most_deferred: int,
 ) -> SelectedPairs:
-    """List the pairs of ``column_mass`` [blocks, V] that are to be kept.
+    """List the pairs of ``column_mass`` [blocks, V] that are selected.
 
     Args:
         column_mass: by block of tokens, SELECTED at the labels; what is in the blocks past the last
             token is not looked at.
-        tokens: those that take part.
-        tail_mass: [blocks, V], gets the masses of what is not kept.
-        workspace: where lists go.
+        tokens: the valid ones.
+        workspace: with the regions of :func:`list_shapes`, and ``tail_mass`` [blocks, V], which
+            gets the masses of what is not selected.
+        limits: of what is selected.
         block_n: tokens of a block.
-        num_slots: room for pairs, those of hot classes too, and padding.
         block_slots: what a block's slots are a multiple of; a power of two.
-        most_tail: what a block's budget is made of; see the module.
-        most_hot: room for hot classes.
-        deferred_from: the class from which on hot classes are deferred.
-        most_deferred: room for those.
     """
     blocks, num_classes = column_mass.shape
     num_rows = tokens.num_rows
     cells = triton.cdiv(num_classes, CELL)
-    chunks = triton.cdiv(cells, COUNT_CELLS)
+    range_classes = _range_classes(num_classes)
+    surveyors = triton.cdiv(num_classes, range_classes)
+    most_tail, *most_hot = limits
 
-    def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return workspace.new(*shape, dtype=dtype)
-
-    def lasting(size: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=column_mass.device)
+    def lasting(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=column_mass.device)
 
     pairs = SelectedPairs(
-        column_mass=tail_mass,
-        columns=new(num_slots),
-        cell_start=new(blocks, cells + 1),
-        tail=new(blocks, dtype=torch.float32),
-        hot=lasting(triton.cdiv(most_hot, block_slots) * block_slots),
+        column_mass=workspace["tail_mass"],
+        columns=workspace["columns"],
+        cell_start=workspace["cell_start"],
+        tail=workspace["tail"],
+        hot=lasting(triton.cdiv(limits.most_hot, block_slots) * block_slots),
         hot_rank=lasting(num_classes),
         hot_count=lasting(2),
-        threshold=torch.empty(2, blocks, dtype=torch.float32, device=column_mass.device),
+        threshold=lasting(2, blocks, dtype=torch.float32),
         num_rows=lasting(1),
         exact_rows=lasting(1),
     )
-    count, block_count = new(blocks, cells), new(blocks).zero_()
-    chunk_tail = new(blocks, chunks, dtype=torch.float32)
-    is_hot = new(num_classes, dtype=torch.int8)
-    range_classes = triton.cdiv(num_classes, SURVEYORS * SURVEY_CLASSES) * SURVEY_CLASSES
-    surveyors = triton.cdiv(num_classes, range_classes)
-    tails = new(blocks, LEVELS, surveyors, dtype=torch.float32)
-    range_hot = new(surveyors)
+    count, block_count = workspace["count"], workspace["block_count"].zero_()
+    chunk_tail, is_hot = workspace["chunk_tail"], workspace["is_hot"]
+    tails, range_hot = workspace["tails"], workspace["range_hot"]
     survey_kernel[(surveyors,)](
         column_mass, num_rows, tails, blocks, num_classes, range_classes,
         BLOCK_N=block_n, CLASSES=SURVEY_CLASSES, LEVELS=LEVELS,
@@ -399,21 +424,21 @@ def select_pairs(
         column_mass, num_rows, pairs.threshold, range_hot, is_hot, blocks, num_classes,
         range_classes, BLOCK_N=block_n, CLASSES=SURVEY_CLASSES,
     )  # fmt: skip
-    count_pairs_kernel[(chunks,)](
-        column_mass, num_rows, pairs.threshold, range_hot, is_hot, count, block_count,
-        chunk_tail, pairs.hot, pairs.hot_count, pairs.hot_rank, blocks, num_classes,
-        cells, surveyors, range_classes, most_hot, deferred_from, most_deferred,
+    count_pairs_kernel[(chunk_tail.shape[1],)](
+        column_mass, num_rows, pairs.threshold, range_hot, is_hot, count, block_count, chunk_tail,
+        (pairs.hot, pairs.hot_count, pairs.hot_rank), blocks, num_classes, cells, surveyors,
+        range_classes, *most_hot,
         BLOCK_N=block_n, SLOTS=block_slots, CELL=CELL, CELLS=COUNT_CELLS, SURVEYORS=SURVEYORS,
         SURVEY_CLASSES=SURVEY_CLASSES,
     )  # fmt: skip
     place_pairs_kernel[(blocks,)](
         count, block_count, pairs.hot_count, chunk_tail, pairs.cell_start, pairs.tail, cells,
-        chunks, SLOTS=block_slots, BLOCK=PLACE_CELLS, num_warps=8,
+        chunk_tail.shape[1], SLOTS=block_slots, BLOCK=PLACE_CELLS, num_warps=8,
     )  # fmt: skip
     list_pairs_kernel[(blocks, triton.cdiv(cells, LIST_CELLS))](
         column_mass, num_rows, pairs.threshold, block_count, pairs.hot_count, pairs.cell_start,
         pairs.hot_rank, pairs.columns, pairs.column_mass, pairs.num_rows, pairs.exact_rows,
-        blocks, num_classes, cells, num_slots,
+        blocks, num_classes, cells, len(pairs.columns),
         BLOCK_N=block_n, SLOTS=block_slots, CELL=CELL, CELLS=LIST_CELLS,
     )  # fmt: skip
     return pairs

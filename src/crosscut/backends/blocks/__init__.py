@@ -37,7 +37,7 @@ class BlocksBackend:
     def why_not(self, problem: HeadProblem) -> str | None:
         if problem.hidden.dtype not in _DTYPES:
             return f"needs bfloat16, float16, float32 or float64, got {problem.hidden.dtype}"
-        if problem.labels.dim() > 1 and problem.options.policy.startswith("cce"):
+        if problem.labels.dim() > 1 and problem.options.paper_filter is not None:
             return f"serves one target a token under policy {problem.options.policy!r}"
         return None
 
@@ -69,7 +69,7 @@ class BlocksBackend:
     def backward(
         self, problem: HeadProblem, statistics: Statistics, cotangents: Cotangents, needs: Needs
     ) -> Gradients:
-        if problem.options.policy.startswith("cce"):
+        if problem.options.paper_filter is not None:
             return tile_filtered_backward(problem, statistics, cotangents, needs)
         return compute_gradients(problem, statistics, cotangents, needs)
 

@@ -36,14 +36,17 @@ def tile_filtered_backward(
     problem: HeadProblem, statistics: Statistics, cotangents: Cotangents, needs: Needs
 ) -> Gradients:
     """The paper's gradient of the statistics, under one of the ``cce`` policies."""
-    policy = problem.options.policy
+    paper = problem.options.paper_filter
+    assert paper is not None
     logits = LogitBlocks(problem)
     hidden, classifier = problem.hidden, problem.classifier
     rows = problem.rows
     order = _by_mean_logit(problem, rows)
 
     def accumulator(like: Tensor) -> Tensor:
-        return like.new_zeros(like.shape, dtype=like.dtype if policy == "cce" else logits.dtype)
+        return like.new_zeros(
+            like.shape, dtype=logits.dtype if paper.accumulate_wide else like.dtype
+        )
 
     d_hidden = accumulator(hidden)
     d_classifier = classifier.new_empty(classifier.shape)
@@ -77,15 +80,15 @@ def tile_filtered_backward(
             filtered = torch.where(alive, dz, 0)
 
             if needs.hidden:
-                part = dz if policy.endswith("full_e") else filtered
+                part = filtered if paper.filter_e else dz
                 strips = part.any(1).nonzero().squeeze(1)
                 update = part[strips].to(h).t() @ c[strips]
                 d_hidden.index_add_(0, tokens, update.to(d_hidden))
-            part = dz if policy.endswith("full_c") else filtered
+            part = filtered if paper.filter_c else dz
             if needs.classifier:
                 strips = part.any(1).nonzero().squeeze(1)
                 d_c.index_add_(0, strips, (part[strips].to(h) @ h).to(d_c))
-            d_b += (dz if "full" in policy else filtered).sum(1)
+            d_b += (filtered if paper.filter_c and paper.filter_e else dz).sum(1)
         d_classifier[classes] = (d_c * logits.scale).to(d_classifier)
         if d_bias is not None:
             d_bias[classes] = d_b.to(d_bias)

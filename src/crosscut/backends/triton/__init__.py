@@ -1,14 +1,14 @@
 """Triton kernels for NVIDIA GPUs: forward and backward at the speed of the matmuls they hold.
 
 :mod:`.forward` is Algorithms 1 and 2 of the paper (arXiv:2411.09009), and finds the masses of the
-softmax's columns, of which few are worth computing again. :mod:`.filtered` computes those, the
-gradient under ``"auto"``; :mod:`.sweep` computes them all, or the paper's tiles.
-:mod:`.distillation` is of two heads. See docs/gpu.md.
+softmax's columns, of which few are worth computing again. :mod:`.select` plans the backward and
+lists these; :mod:`.project` carries the plan out, with :mod:`.exact` and :mod:`.chunked` for the
+gradient of every entry and of the paper's tiles. :mod:`.distillation` is of two heads. See
+docs/gpu.md.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
@@ -16,6 +16,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from crosscut.backends.column_filter import filters_columns, sparsity, token_blocks
 from crosscut.backends.protocol import (
     Cotangents,
     DistillationProblem,
@@ -25,15 +26,7 @@ from crosscut.backends.protocol import (
     HeadProblem,
     Needs,
     Statistics,
-)
-from crosscut.backends.triton.column_filter import (
-    block_thresholds,
-    block_tokens,
-    capacity_for_pairs,
-    filters_columns,
-    hot_classes,
-    mass_unit,
-    token_blocks,
+    zero_gradients,
 )
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -52,7 +45,7 @@ class TritonBackend:
             return "needs Triton, which is not installed"
         if problem.hidden.dtype not in _DTYPES:
             return f"needs bfloat16, float16 or float32, got {problem.hidden.dtype}"
-        if problem.labels.dim() > 1 and problem.options.policy.startswith("cce"):
+        if problem.labels.dim() > 1 and problem.options.paper_filter is not None:
             return f"serves one target a token under policy {problem.options.policy!r}"
         if problem.options.policy == "filtered" and problem.hidden.dtype == torch.float32:
             return "serves policy 'filtered' in bfloat16 and float16 only"
@@ -110,28 +103,18 @@ class TritonBackend:
     def backward(
         self, problem: HeadProblem, statistics: Statistics, cotangents: Cotangents, needs: Needs
     ) -> Gradients:
-        from crosscut.backends.triton.backward import compute_gradients
         from crosscut.backends.triton.compile_ahead import compile_ahead
+        from crosscut.backends.triton.project import project
+        from crosscut.backends.triton.select import select
 
         with _on(problem):
-            if len(problem.labels):
-                compile_ahead(problem, statistics, needs, (cotangents.entropy is not None,))
-            return compute_gradients(problem, statistics, cotangents, needs)
+            if not len(problem.labels):
+                return zero_gradients(problem, needs)
+            compile_ahead(problem, statistics, needs, (cotangents.entropy is not None,))
+            return project(problem, statistics, select(problem, statistics, cotangents, needs))
 
     def sparsity(self, problem: HeadProblem, statistics: Statistics) -> tuple[float, float]:
-        num_rows = int((problem.labels >= 0).sum())
-        masses = statistics.column_mass[: math.ceil(num_rows / block_tokens(problem))].float()
-        if not masses.numel():
-            return 1.0, 0.0
-        kept = masses >= block_thresholds(problem, statistics, masses)[:, None]
-        room = capacity_for_pairs(problem, lends=True)
-        hot = hot_classes(kept, room)
-        kept[:, hot] = True
-        unused = len(statistics.column_mass) - len(masses)  # hot classes are there too
-        if int(kept.sum()) + unused * len(hot) > room.pairs:
-            return 1.0, 0.0
-        tail = masses[~kept].sum().item() * mass_unit(masses.shape[1])
-        return kept.double().mean().item(), tail / num_rows
+        return sparsity(problem, statistics)
 
     def why_not_distil(self, problem: DistillationProblem) -> str | None:
         student, teacher = problem.student, problem.teacher

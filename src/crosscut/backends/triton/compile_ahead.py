@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from crosscut.backends.protocol import Cotangents, HeadProblem, Needs, Statistics
-from crosscut.backends.triton.backward import compute_gradients
 from crosscut.backends.triton.forward import compute_statistics
+from crosscut.backends.triton.project import project
+from crosscut.backends.triton.select import select
 from crosscut.device.launch import CAN_COMPILE_AHEAD, ahead
 
 _seen: set[Hashable] = set()
@@ -60,7 +61,7 @@ def _call(
     for has_gradient in entropy:
         d_entropy = found.entropy if has_gradient else None
         cotangents = Cotangents(found.lse, found.target_logit, found.log_prob, d_sum, d_entropy)
-        compute_gradients(problem, found, cotangents, needs)
+        project(problem, found, select(problem, found, cotangents, needs))
 
 
 def _kind(problem: HeadProblem, needs: Needs | None, has_gradient: bool) -> Hashable:

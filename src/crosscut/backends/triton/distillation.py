@@ -22,7 +22,7 @@ from crosscut.backends.protocol import (
     HeadProblem,
     Needs,
 )
-from crosscut.backends.triton.sweep import chunk_width, new_workspace
+from crosscut.backends.triton.chunks import chunk_width, new_workspace
 from crosscut.device.tiles import Kernel, choose_tiles
 from crosscut.kernels.divergence import Pair, divergence, divergence_gradient
 from crosscut.kernels.indexed_matmul import indexed_matmul

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from crosscut.backends.column_filter import mass_unit
 from crosscut.backends.protocol import HeadProblem, Statistics, own_labels
-from crosscut.backends.triton.column_filter import mass_unit
 from crosscut.device.launch import like_or
 from crosscut.device.tiles import Kernel, choose_tiles
 from crosscut.kernels.flags import flagged_first

@@ -1,4 +1,9 @@
-"""When the default gradient leaves out columns of the softmax, and which. Needs no Triton."""
+"""When the default gradient on a GPU leaves out columns of the softmax, which, and how many fit.
+
+Everything that decides is here: thresholds, capacity, predicate, and what
+:func:`crosscut.gradient_sparsity` says of it. Kernels do as it is said here
+(:mod:`crosscut.kernels.selected_pairs`).
+"""
 
 from __future__ import annotations
 
@@ -17,22 +22,22 @@ TAIL_SHARE = 0.2
 log-sum-exp, ``finfo.eps |lse|``: what PyTorch's own error in low precision comes from."""
 
 LEVELS = 16
-"""Thresholds that a block can have: level i keeps a pair from a mass of 2**(-i / 2) on."""
+"""Thresholds that a block can have: level i selects a pair from a mass of 2**(-i / 2) on."""
 
 MOST_SELECTED = 9 * 2**10
-"""Pairs (block of tokens, class) of a block that there is always room for, on average."""
+"""Pairs (block of tokens, class) per block that always fit, on average."""
 
 NONZEROS_PER_TOKEN = 400
-"""Nonzeros of dC that there is room for."""
+"""Nonzeros of dC that fit."""
 
 HOT_BYTES = 3 * 2**25
-"""Capacity for rows of C of hot classes; half of it where dC lends none."""
+"""For rows of C of hot classes; half of it where dC lends none."""
 
 MOST_LENT = 0.75
 """Of the rows of dC: how many at most lend their memory."""
 
 DEFERRED_BYTES = 9 * 2**22
-"""Capacity for rows of hot classes that are finished while theirs are lent."""
+"""For rows of hot classes that are finished while theirs are lent."""
 
 
 def mass_unit(num_classes: int) -> float:
@@ -40,9 +45,9 @@ def mass_unit(num_classes: int) -> float:
     token has beside its own class, summed over the block's tokens, is below this. Or below a part
     of it, where more than TAIL_SHARE would be in the tail.
 
-    The fewer classes, the more is in each, and the less is a tail of such classes: less is kept for
-    the same error. So it is on one model's logits over 32,064 to 262,144 of its classes; with few
-    classes nothing of the kind is known.
+    The fewer classes, the more is in each, and the less is a tail of such classes: less is selected
+    for the same error. So it is on one model's logits over 32,064 to 262,144 of its classes; with
+    few classes nothing of the kind is known.
     """
     fewer = 2**18 / num_classes if num_classes >= 2**14 else 1.0
     return 2.0**-11.5 * fewer**0.5
@@ -90,12 +95,12 @@ def nonzero_above(num_tokens: int) -> float:
 
 
 def filters_columns(problem: HeadProblem) -> bool:
-    """Whether the forward is to find out which columns to keep.
+    """Whether the forward is to find out which columns to select.
 
-    Column masses are bfloat16, and a gradient of float16 or float32 is to be better than that: no
-    room for a filter, unless one is asked for. A logit sum has a gradient at
-    every logit, and a bias one in every class: they take the exact path. So do several targets a
-    token: the lists of kept pairs know of one.
+    Column masses are bfloat16, and a gradient of float16 or float32 is to be better than that: they
+    are not filtered unless that is asked for. A logit sum has a gradient at every logit, and a bias
+    one in every class: they take the exact path. So do several targets per token: the lists of
+    selected pairs know of one.
     """
     dtype, policy = problem.hidden.dtype, problem.options.policy
     sparse = policy == "auto" and dtype == torch.bfloat16
@@ -119,7 +124,7 @@ def token_blocks(problem: HeadProblem) -> int:
 
 
 class Capacity(NamedTuple):
-    """For the kept pairs."""
+    """For the selected pairs."""
 
     pairs: int  # how many
     hot: int  # how many hot classes
@@ -128,11 +133,11 @@ class Capacity(NamedTuple):
 
 
 def capacity_for_pairs(problem: HeadProblem, *, lends: bool) -> Capacity:
-    """How many kept pairs there is room for, and where; ``lends`` says that dC is wanted.
+    """How many selected pairs fit, and where; ``lends`` says that dC is wanted.
 
     In rows of dC, if these hold as many as memory of their own would: up to a quarter of all pairs,
     from where on little time would be saved. Else as many as fit where the exact gradient would
-    have ``workspace_limit()`` and dH in float32, or MOST_SELECTED a block.
+    have ``workspace_limit()`` and dH in float32, or MOST_SELECTED per block.
     """
     blocks, num_classes = token_blocks(problem), len(problem.classifier)
     row_bytes = problem.classifier.shape[1] * problem.classifier.element_size()
@@ -160,9 +165,26 @@ def capacity_for_pairs(problem: HeadProblem, *, lends: bool) -> Capacity:
     return Capacity(pairs, most_hot, lent_from, deferred)
 
 
-def hot_classes(kept: Tensor, room: Capacity) -> Tensor:
-    """The hot classes, those that at least half of the blocks keep, of ``kept`` [blocks, V]."""
-    by = kept.sum(0)
-    hot = ((2 * by >= len(kept)) & (by > 0)).nonzero()[:, 0]
-    early = int((hot < room.lent_from).sum())
-    return hot[: min(early + room.deferred, room.hot)]
+def hot_classes(selected: Tensor, capacity: Capacity) -> Tensor:
+    """The hot classes, of ``selected`` [blocks, V]: those of at least half of the blocks."""
+    by = selected.sum(0)
+    hot = ((2 * by >= len(selected)) & (by > 0)).nonzero()[:, 0]
+    early = int((hot < capacity.lent_from).sum())
+    return hot[: min(early + capacity.deferred, capacity.hot)]
+
+
+def sparsity(problem: HeadProblem, statistics: Statistics) -> tuple[float, float]:
+    """Share of the pairs that are selected, and mean mass of the others, were cotangents equal."""
+    num_rows = int((problem.labels >= 0).sum())
+    masses = statistics.column_mass[: math.ceil(num_rows / block_tokens(problem))].float()
+    if not masses.numel():
+        return 1.0, 0.0
+    selected = masses >= block_thresholds(problem, statistics, masses)[:, None]
+    capacity = capacity_for_pairs(problem, lends=True)
+    hot = hot_classes(selected, capacity)
+    selected[:, hot] = True
+    unused = len(statistics.column_mass) - len(masses)  # hot classes are there too
+    if int(selected.sum()) + unused * len(hot) > capacity.pairs:
+        return 1.0, 0.0
+    tail = masses[~selected].sum().item() * mass_unit(masses.shape[1])
+    return selected.double().mean().item(), tail / num_rows
