@@ -1,4 +1,4 @@
-"""How far a student's softmax is from its teacher's, and the gradient: the logits of neither.
+"""The divergence of a student's softmax from its teacher's, and its gradient; no stored logits.
 
 With z and t the logits of student and teacher, p and q their softmax, b = ``beta`` (the share of q,
 1 - b that of p: each comes from the host, for float32 cannot subtract so near 1) and
@@ -7,8 +7,8 @@ With z and t the logits of student and teacher, p and q their softmax, b = ``bet
     gap[n] = sum_v q (t - z)      forward divergence:  KL(q|p) = gap - lse_t + lse_z
              sum_v p (z - t)      reverse divergence:  KL(p|q) = gap - lse_z + lse_t
 
-with both logits relative to their own maximum, gap and log-sum-exps alike: no softmax knows of a
-constant between the two heads.
+with both logits relative to their own maximum, in the gap and in the log-sum-exps: a softmax does
+not change with a constant that is added to all of its logits.
 
 A mixture needs both log-sum-exps first, and a second sweep. The gradient of the logits z, with
 ``center`` the mean under p of what stands beside p, is
@@ -25,8 +25,8 @@ are in registers at once. In the gradient, what :mod:`.softmax_gradient` owns. T
 take part, side by side, then zeros. Plain stores, slices combined in order: reruns are bitwise
 equal.
 
-**Cost.** 2NV(D + E) flop a sweep and a gradient, D and E being both hidden sizes. Workspace: 28
-bytes a (token, slice).
+**Cost.** 2NV(D + E) flop per sweep, and as much for the gradient, D and E being both hidden sizes.
+Workspace: 28 bytes per token and slice.
 
 **Numerics.** float32 until the store; the log-sum-exps are combined in float64, and kept in
 float32. So p and q are known to 1e-6, and their difference less well where they are nearly equal.
@@ -44,26 +44,18 @@ from torch import Tensor
 
 from crosscut.device.launch import kernel
 from crosscut.device.tiles import Tiles, descriptor, num_programs, tiles_in_group
-from crosscut.kernels.linear_lse import MORE_GROUPS, share_of
-from crosscut.kernels.logits_tile import LOG2_E, Head, column_part, logits_of, product_tile
+from crosscut.kernels.linear_lse import most_parts, share_of
+from crosscut.kernels.logits_tile import LOG2_E, Head, column_part, logits_at, product_tile
 from crosscut.kernels.valid_rows import ValidRows
 
 PARTS = tl.constexpr(4)  # of a tile's classes, one after the other: registers are short
 
 
 @triton.jit
-def logits_part(
-    product, bias_ptr, classes, num_classes, logit_scale, softcap, part: tl.constexpr,
-    TILE: tl.constexpr,
-):  # fmt: skip
+def logits_part(product, head, classes, num_classes, part: tl.constexpr, TILE: tl.constexpr):
     """Logits [BLOCK_N, BLOCK_V / PARTS] of one part of a product; any value past the end."""
-    bias = None
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + classes, mask=classes < num_classes, other=0.0)
-        bias = bias.to(tl.float32)[None, :]
-    return logits_of(
-        column_part(product, part, PARTS, TILE[0], TILE[1]), bias, logit_scale, softcap
-    )
+    z = column_part(product, part, PARTS, TILE[0], TILE[1])
+    return logits_at(z, head, classes, num_classes)
 
 
 @triton.jit
@@ -98,34 +90,55 @@ def times_log_ratio(p, log_p, log_q):
     return tl.where(p == 0, 0.0, p * (log_p - log_q))
 
 
+@triton.jit
+def add_to_gap(z, t, highest, total, teacher_highest, teacher_total, gap, KIND: tl.constexpr):
+    """More logits of both heads to the ``max`` and ``sum exp`` of each, and to their gap."""
+    moved, teacher_moved = or_0(highest), or_0(teacher_highest)
+    before, teacher_before = total, teacher_total
+    highest, total, p, rescale = add_to_lse(z, highest, total)
+    teacher_highest, teacher_total, q, teacher_rescale = add_to_lse(
+        t, teacher_highest, teacher_total
+    )
+    reference, teacher_reference = or_0(highest), or_0(teacher_highest)
+    moved = reference - moved
+    teacher_moved = teacher_reference - teacher_moved
+    z -= reference[:, None]
+    t -= teacher_reference[:, None]
+    if KIND == "forward":
+        gap -= teacher_before * (teacher_moved - moved)
+        gap = gap * teacher_rescale + tl.sum(times_log_ratio(q, t, z), 1)
+    elif KIND == "reverse":
+        gap -= before * (moved - teacher_moved)
+        gap = gap * rescale + tl.sum(times_log_ratio(p, z, t), 1)
+    return highest, total, teacher_highest, teacher_total, gap
+
+
+@triton.jit
+def add_to_mixture(log_p, log_q, log_share_p, log_share_q, total, gap):
+    """More classes to ``sum p (log p - log m)`` and ``sum q (log q - log m)``."""
+    log_m = log_mixture(log_p, log_q, log_share_p, log_share_q)
+    p, q = tl.exp2(log_p * LOG2_E), tl.exp2(log_q * LOG2_E)
+    total += tl.sum(times_log_ratio(p, log_p, log_m), 1)
+    gap += tl.sum(times_log_ratio(q, log_q, log_m), 1)
+    return total, gap
+
+
 @kernel
 def divergence_kernel(
     num_rows_ptr,
     hidden_ptr,
     hidden_desc,
-    classifier_ptr,
+    head,  # HeadArguments
     classifier_desc,
-    bias_ptr,
     teacher_hidden_ptr,
     teacher_hidden_desc,
-    teacher_classifier_ptr,
+    teacher_head,  # HeadArguments
     teacher_classifier_desc,
-    teacher_bias_ptr,
     lse_ptr,  # [N] by place, for a mixture
     teacher_lse_ptr,
     sums_ptr,  # [7, num_slots]
     num_slots,
     num_classes,
-    hidden_size,
-    stride_v,
-    stride_d,
-    logit_scale,
-    softcap,
-    teacher_hidden_size,
-    teacher_stride_v,
-    teacher_stride_d,
-    teacher_logit_scale,
-    teacher_softcap,
     temperature,
     log_share_p,
     log_share_q,
@@ -160,27 +173,19 @@ def divergence_kernel(
             for class_tile in tl.range(first_tile, last_tile, disable_licm=True):
                 first_class = class_tile * BLOCK_V
                 product = product_tile(
-                    hidden_ptr, hidden_desc, classifier_ptr, classifier_desc, rows.to(tl.int64),
-                    tile * BLOCK_N, first_class, num_classes, hidden_size, stride_v, stride_d,
-                    False, TILE,
+                    hidden_ptr, hidden_desc, head, classifier_desc, rows.to(tl.int64),
+                    tile * BLOCK_N, first_class, num_classes, False, TILE,
                 )  # fmt: skip
                 teacher_product = product_tile(
-                    teacher_hidden_ptr, teacher_hidden_desc, teacher_classifier_ptr,
-                    teacher_classifier_desc, rows.to(tl.int64), tile * BLOCK_N, first_class,
-                    num_classes, teacher_hidden_size, teacher_stride_v, teacher_stride_d,
-                    False, TILE,
+                    teacher_hidden_ptr, teacher_hidden_desc, teacher_head, teacher_classifier_desc,
+                    rows.to(tl.int64), tile * BLOCK_N, first_class, num_classes, False, TILE,
                 )  # fmt: skip
                 for part in tl.static_range(PARTS):
                     classes = first_class + part * (BLOCK_V // PARTS)
                     classes += tl.arange(0, BLOCK_V // PARTS)
                     inside = (classes < num_classes)[None, :]
-                    z = logits_part(
-                        product, bias_ptr, classes, num_classes, logit_scale, softcap, part, TILE
-                    )
-                    t = logits_part(
-                        teacher_product, teacher_bias_ptr, classes, num_classes,
-                        teacher_logit_scale, teacher_softcap, part, TILE,
-                    )  # fmt: skip
+                    z = logits_part(product, head, classes, num_classes, part, TILE)
+                    t = logits_part(teacher_product, teacher_head, classes, num_classes, part, TILE)
                     z = tl.where(inside, z, -float("inf"))
                     t = tl.where(inside, t, -float("inf"))
                     if HARD:
@@ -188,29 +193,13 @@ def divergence_kernel(
                             z * temperature, hard_highest, hard_total
                         )
                     if KIND == "mixture":
-                        log_p, log_q = z - lse, t - teacher_lse
-                        log_m = log_mixture(log_p, log_q, log_share_p, log_share_q)
-                        p, q = tl.exp2(log_p * LOG2_E), tl.exp2(log_q * LOG2_E)
-                        total += tl.sum(times_log_ratio(p, log_p, log_m), 1)
-                        gap += tl.sum(times_log_ratio(q, log_q, log_m), 1)
-                    else:
-                        moved, teacher_moved = or_0(highest), or_0(teacher_highest)
-                        before, teacher_before = total, teacher_total
-                        highest, total, p, rescale = add_to_lse(z, highest, total)
-                        teacher_highest, teacher_total, q, teacher_rescale = add_to_lse(
-                            t, teacher_highest, teacher_total
+                        total, gap = add_to_mixture(
+                            z - lse, t - teacher_lse, log_share_p, log_share_q, total, gap
                         )
-                        reference, teacher_reference = or_0(highest), or_0(teacher_highest)
-                        moved = reference - moved
-                        teacher_moved = teacher_reference - teacher_moved
-                        z -= reference[:, None]
-                        t -= teacher_reference[:, None]
-                        if KIND == "forward":
-                            gap -= teacher_before * (teacher_moved - moved)
-                            gap = gap * teacher_rescale + tl.sum(times_log_ratio(q, t, z), 1)
-                        elif KIND == "reverse":
-                            gap -= before * (moved - teacher_moved)
-                            gap = gap * rescale + tl.sum(times_log_ratio(p, z, t), 1)
+                    else:
+                        highest, total, teacher_highest, teacher_total, gap = add_to_gap(
+                            z, t, highest, total, teacher_highest, teacher_total, gap, KIND
+                        )
             place = sums_ptr + rows * slices + my_slice
             mask = rows < num_rows
             tl.store(place, highest, mask=mask)
@@ -224,8 +213,8 @@ def divergence_kernel(
 
 
 @triton.jit
-def combined(highest, total, place, num_slots, valid):
-    """A slice's ``max`` and ``sum`` to those of the slices before.
+def add_slice(highest, total, place, num_slots, valid):
+    """The ``max`` and ``sum`` of a slice to those of the slices before it.
 
     Returns both, what sums beside the old and beside the new must be multiplied by, and how far
     their references are from the new one.
@@ -260,7 +249,7 @@ def combine_divergence_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One program BLOCK_N tokens; slices in order. 0 at tokens left out."""
+    """Program i owns BLOCK_N tokens; slices in order. 0 at tokens that take no part."""
     token_tiles = tl.cdiv(tl.load(num_rows_ptr), BLOCK_N)
     class_tiles = tl.cdiv(num_classes, BLOCK_V)
     _group, _slice, slices, _first_tile, _last_tile, _first, _last = share_of(
@@ -283,8 +272,8 @@ def combine_divergence_kernel(
             gap += slice_gap
         else:
             before, teacher_before = total, teacher_total
-            highest, total, scales, moved = combined(highest, total, place, num_slots, valid)
-            teacher_highest, teacher_total, teacher_scales, teacher_moved = combined(
+            highest, total, scales, moved = add_slice(highest, total, place, num_slots, valid)
+            teacher_highest, teacher_total, teacher_scales, teacher_moved = add_slice(
                 teacher_highest, teacher_total, place + 2 * num_slots, num_slots, valid
             )
             if KIND == "forward":
@@ -298,7 +287,7 @@ def combine_divergence_kernel(
                 slice_gap -= slice_total * (moved[1] - teacher_moved[1])
                 gap = gap * scales[0] + slice_gap * scales[1]
             if hard_lse_ptr is not None:
-                hard_highest, hard_total, _scales, _moved = combined(
+                hard_highest, hard_total, _scales, _moved = add_slice(
                     hard_highest, hard_total, place + 5 * num_slots, num_slots, valid
                 )
 
@@ -333,36 +322,39 @@ def combine_divergence_kernel(
             tl.store(center_ptr + tokens, center, mask=inside)
 
 
+@triton.jit
+def gradient_of(
+    log_p, log_q, center_ptr, taken, share_p, log_share_p, log_share_q, KIND: tl.constexpr
+):
+    """The gradient of the divergence by the logits z; ``center_ptr`` is [BLOCK_N, 1]."""
+    p = tl.exp2(log_p * LOG2_E)
+    if KIND == "forward":
+        return p - tl.exp2(log_q * LOG2_E)
+    else:
+        center = tl.load(center_ptr, mask=taken, other=0.0)
+        if KIND == "reverse":
+            return times_log_ratio(p, log_p, log_q) - p * center
+        else:
+            log_m = log_mixture(log_p, log_q, log_share_p, log_share_q)
+            return share_p * times_log_ratio(p, log_p, log_m) - p * center
+
+
 @kernel
 def divergence_gradient_kernel(
-    num_rows_ptr,
+    tokens,  # PairTokens
     hidden_ptr,
     hidden_desc,
-    classifier_ptr,
+    head,  # HeadArguments
     classifier_desc,
-    bias_ptr,
     teacher_hidden_ptr,
     teacher_hidden_desc,
-    teacher_classifier_ptr,
+    teacher_head,  # HeadArguments
     teacher_classifier_desc,
-    teacher_bias_ptr,
-    labels_ptr,  # [N]
-    vectors_ptr,  # [N, 7]
     dz_ptr,
     num_tokens,
     first_label,
     num_columns,
-    hidden_size,
-    stride_v,
-    stride_d,
     stride_dz,
-    logit_scale,
-    softcap,
-    teacher_hidden_size,
-    teacher_stride_v,
-    teacher_stride_d,
-    teacher_logit_scale,
-    teacher_softcap,
     temperature,
     share_p,
     log_share_p,
@@ -374,7 +366,7 @@ def divergence_gradient_kernel(
 ):
     BLOCK_N: tl.constexpr = TILE[0]
     BLOCK_V: tl.constexpr = TILE[1]
-    num_rows = tl.load(num_rows_ptr)
+    num_rows = tl.load(tokens.num_rows)
     token_tiles = tl.cdiv(num_rows, BLOCK_N)
     class_tiles = tl.cdiv(num_columns, BLOCK_V)
     groups = tl.cdiv(token_tiles, most_tiles)
@@ -386,58 +378,48 @@ def divergence_gradient_kernel(
         height = tl.minimum(group, token_tiles - start)
         first_class = in_group // height * BLOCK_V
         tile = start + in_group % height
-        tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        places = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         product = product_tile(
-            hidden_ptr, hidden_desc, classifier_ptr, classifier_desc, tokens.to(tl.int64),
-            tile * BLOCK_N, first_class, num_columns, hidden_size, stride_v, stride_d, False, TILE,
+            hidden_ptr, hidden_desc, head, classifier_desc, places.to(tl.int64), tile * BLOCK_N,
+            first_class, num_columns, False, TILE,
         )  # fmt: skip
         teacher_product = product_tile(
-            teacher_hidden_ptr, teacher_hidden_desc, teacher_classifier_ptr,
-            teacher_classifier_desc, tokens.to(tl.int64), tile * BLOCK_N, first_class, num_columns,
-            teacher_hidden_size, teacher_stride_v, teacher_stride_d, False, TILE,
+            teacher_hidden_ptr, teacher_hidden_desc, teacher_head, teacher_classifier_desc,
+            places.to(tl.int64), tile * BLOCK_N, first_class, num_columns, False, TILE,
         )  # fmt: skip
         for part in tl.static_range(PARTS):
             classes = first_class + part * (BLOCK_V // PARTS) + tl.arange(0, BLOCK_V // PARTS)
-            vectors = vectors_ptr + tokens[:, None] * 7
-            taken = (tokens < num_rows)[:, None]
-            z = logits_part(
-                product, bias_ptr, classes, num_columns, logit_scale, softcap, part, TILE
-            )
-            t = logits_part(
-                teacher_product, teacher_bias_ptr, classes, num_columns, teacher_logit_scale,
-                teacher_softcap, part, TILE,
-            )  # fmt: skip
+            vectors = tokens.vectors + places[:, None] * 7
+            taken = (places < num_rows)[:, None]
+            z = logits_part(product, head, classes, num_columns, part, TILE)
+            t = logits_part(teacher_product, teacher_head, classes, num_columns, part, TILE)
             log_p = z - tl.load(vectors, mask=taken, other=0.0)
             log_q = t - tl.load(vectors + 1, mask=taken, other=0.0)
-            p = tl.exp2(log_p * LOG2_E)
-            if KIND == "forward":
-                dz = p - tl.exp2(log_q * LOG2_E)
-            elif KIND == "reverse":
-                center = tl.load(vectors + 2, mask=taken, other=0.0)
-                dz = times_log_ratio(p, log_p, log_q) - p * center
-            else:
-                center = tl.load(vectors + 2, mask=taken, other=0.0)
-                log_m = log_mixture(log_p, log_q, log_share_p, log_share_q)
-                dz = share_p * times_log_ratio(p, log_p, log_m) - p * center
+            dz = gradient_of(
+                log_p, log_q, vectors + 2, taken, share_p, log_share_p, log_share_q, KIND
+            )
             dz *= tl.load(vectors + 3, mask=taken, other=0.0)
             if HARD:
                 hard = temperature * z - tl.load(vectors + 4, mask=taken, other=0.0)
                 hard = tl.exp2(hard * LOG2_E) * tl.load(vectors + 5, mask=taken, other=0.0)
-                label = tl.load(labels_ptr + tokens, mask=tokens < num_rows, other=-1) - first_label
-                is_target = classes[None, :] == label[:, None]
+                label = tl.load(tokens.labels + places, mask=places < num_rows, other=-1)
+                is_target = classes[None, :] == (label - first_label)[:, None]
                 hard += tl.where(is_target, tl.load(vectors + 6, mask=taken, other=0.0), 0.0)
                 dz += temperature * hard
-            if softcap is not None:
-                capped = z / softcap
+            if head.softcap is not None:
+                capped = z / head.softcap
                 dz *= 1 - capped * capped
-            place = dz_ptr + tokens.to(tl.int64)[:, None] * stride_dz + classes[None, :]
+            place = dz_ptr + places.to(tl.int64)[:, None] * stride_dz + classes[None, :]
             dz = tl.where(taken & (classes < num_columns)[None, :], dz, 0.0)
-            mask = (tokens < num_tokens)[:, None] & (classes < stride_dz)[None, :]
+            mask = (places < num_tokens)[:, None] & (classes < stride_dz)[None, :]
             tl.store(place, dz.to(dz_ptr.dtype.element_ty), mask=mask)
 
 
 class Pair(NamedTuple):
-    """Student and teacher, and how far they are apart; hidden states of kept tokens, then zeros."""
+    """Student and teacher, and how their distance is measured.
+
+    Hidden states are those of the tokens that take part, side by side, then zeros.
+    """
 
     student: Head
     teacher: Head
@@ -446,8 +428,17 @@ class Pair(NamedTuple):
     temperature: float | None  # that of the divergence, where there is a hard loss
 
 
+class PairTokens(NamedTuple):
+    """The tokens that take part, side by side."""
+
+    num_rows: Tensor  # R, [1] int32
+    labels: Tensor  # [N] int64
+    vectors: Tensor  # [N, 7] float32: both log-sum-exps, center, cotangent of the divergence;
+    # log-sum-exp of the hard loss, its cotangent, and that of the target logit
+
+
 class Divergence(NamedTuple):
-    """[N] float32 each, 0 at tokens left out."""
+    """[N] float32 each, 0 at tokens that take no part."""
 
     divergence: Tensor
     lse: Tensor
@@ -456,22 +447,19 @@ class Divergence(NamedTuple):
     hard_lse: Tensor | None
 
 
-def _sides(
-    pair: Pair, classes: slice, tiles: Tiles
-) -> tuple[tuple[object, ...], tuple[object, ...]]:
-    """Pointers of both heads for some classes, and their numbers."""
-    pointers, numbers = [], []
-    for head in (pair.student, pair.teacher):
-        rows = head.classifier[classes]
-        pointers += [
+def _arguments(pair: Pair, classes: slice, tiles: Tiles) -> list[object]:
+    """What a kernel takes of both heads, for some classes."""
+    found: list[object] = []
+    for whole in (pair.student, pair.teacher):
+        bias = None if whole.bias is None else whole.bias[classes]
+        head = whole._replace(classifier=whole.classifier[classes], bias=bias)
+        found += [
             head.hidden,
             descriptor(head.hidden, (tiles.block_n, tiles.block_d), tiles),
-            rows,
-            descriptor(rows, (tiles.block_v, tiles.block_d), tiles),
-            None if head.bias is None else head.bias[classes],
+            head.arguments,
+            descriptor(head.classifier, (tiles.block_v, tiles.block_d), tiles),
         ]
-        numbers.append((rows.shape[1], *rows.stride(), head.logit_scale, head.softcap))
-    return tuple(pointers), (*numbers[0], *numbers[1])
+    return found
 
 
 def _log_shares(beta: float) -> tuple[float, float]:
@@ -488,19 +476,17 @@ def _group_tiles(pair: Pair, tiles: Tiles) -> int:
     return tiles_in_group(both, tiles)
 
 
-def divergence(pair: Pair, kept: ValidRows, tiles: Tiles) -> Divergence:
+def divergence(pair: Pair, valid_rows: ValidRows, tiles: Tiles) -> Divergence:
     """Divergence, log-sum-exps and center of each token.
 
     Args:
         pair: both heads; hidden states [multiple of BLOCK_N, D], contiguous.
-        kept: the tokens that take part; [N].
+        valid_rows: the rows that take part; [N].
         tiles: BLOCK_N tokens x BLOCK_V classes, in steps of BLOCK_D dimensions.
     """
-    num_tokens, device = len(kept.rows), kept.rows.device
+    num_tokens, device = len(valid_rows.rows), valid_rows.rows.device
     programs, most_tiles = num_programs(device), _group_tiles(pair, tiles)
-    token_tiles = triton.cdiv(num_tokens, tiles.block_n)
-    most_groups = min(triton.cdiv(token_tiles, most_tiles) + MORE_GROUPS.value, token_tiles)
-    num_slots = tiles.block_n * (most_groups * programs + token_tiles)  # for any number of rows
+    num_slots = most_parts(num_tokens, programs, most_tiles, tiles)
     hard = pair.temperature is not None
 
     def new(*shape: int) -> Tensor:
@@ -511,34 +497,30 @@ def divergence(pair: Pair, kept: ValidRows, tiles: Tiles) -> Divergence:
         center=new(num_tokens), hard_lse=new(num_tokens) if hard else None,
     )  # fmt: skip
     sums, num_classes = new(7, num_slots), len(pair.student.classifier)
-    pointers, numbers = _sides(pair, slice(None), tiles)
+    heads = _arguments(pair, slice(None), tiles)
 
     def sweep(kind: str, lses: tuple[Tensor | None, Tensor | None], hard: bool) -> None:
         divergence_kernel[(programs,)](
-            kept.count, *pointers, *lses, sums, num_slots, num_classes, *numbers,
+            valid_rows.count, *heads, *lses, sums, num_slots, num_classes,
             pair.temperature or 1.0, *_log_shares(pair.beta), most_tiles,
             KIND=kind, HARD=hard, TILE=tiles.constants,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
-        combine_divergence_kernel[(token_tiles,)](
-            sums, kept.count, kept.place, *found[:4], found.hard_lse if hard else None, num_slots,
-            num_tokens, num_classes, programs, 1 - pair.beta, pair.beta, most_tiles,
+        combine_divergence_kernel[(triton.cdiv(num_tokens, tiles.block_n),)](
+            sums, valid_rows.count, valid_rows.place, *found[:4], found.hard_lse if hard else None,
+            num_slots, num_tokens, num_classes, programs, 1 - pair.beta, pair.beta, most_tiles,
             KIND=kind, BLOCK_N=tiles.block_n, BLOCK_V=tiles.block_v, num_warps=4,
         )  # fmt: skip
 
     sweep(pair.divergence, (None, None), hard)
     if pair.divergence == "js":
-        rows = kept.rows.clamp_min(0).long()
+        rows = valid_rows.rows.clamp_min(0).long()
         sweep("mixture", (found.lse[rows], found.teacher_lse[rows]), False)
     return found
 
 
 def divergence_gradient(
-    dz: Tensor,
-    pair: Pair,
-    classes: slice,
-    tokens: tuple[Tensor, Tensor, Tensor],
-    tiles: Tiles,
+    dz: Tensor, pair: Pair, classes: slice, tokens: PairTokens, tiles: Tiles
 ) -> None:
     """Fill the first R rows of ``dz`` [N, chunk], and those of R's tile with zeros.
 
@@ -546,17 +528,12 @@ def divergence_gradient(
         dz: contiguous rows, in the dtype of the hidden states.
         pair: both heads.
         classes: which of them the chunk is.
-        tokens: R [1] int32, labels [N] int64 and vectors [N, 7] float32, side by side: both
-            log-sum-exps, center, cotangent of the divergence; log-sum-exp of the hard loss, its
-            cotangent, and that of the target logit.
+        tokens: those that take part.
         tiles: BLOCK_N tokens x BLOCK_V classes, in steps of BLOCK_D dimensions.
     """
-    num_rows, labels, vectors = tokens
-    pointers, numbers = _sides(pair, classes, tiles)
-    student, teacher = numbers[:5], numbers[5:]
     divergence_gradient_kernel[(num_programs(dz.device),)](
-        num_rows, *pointers, labels, vectors, dz, len(dz), classes.start,
-        len(pair.student.classifier[classes]), *student[:3], dz.stride(0), *student[3:], *teacher,
+        tokens, *_arguments(pair, classes, tiles), dz, len(dz), classes.start,
+        len(pair.student.classifier[classes]), dz.stride(0),
         pair.temperature or 1.0, 1 - pair.beta, *_log_shares(pair.beta), _group_tiles(pair, tiles),
         KIND=pair.divergence, HARD=pair.temperature is not None, TILE=tiles.constants,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,

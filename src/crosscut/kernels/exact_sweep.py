@@ -6,15 +6,15 @@ The vocabulary is taken in chunks. For each, as in :mod:`.softmax_gradient` and 
     dH       += scale * dz C[chunk]                           phase 2 i + 1
     dC[chunk] = scale * dz^T H                                phase 2 i + 1
 
-**Who owns what.** What those kernels own, which do the work. One program a multiprocessor, launched
-together: between two phases all programs wait for each other, so that ``dz`` is complete before
-anyone multiplies it, and multiplied before anyone overwrites it. That is the only thing programs
-wait for; sums are in one order, and reruns are bitwise equal. One launch, where each chunk had
-three, because the host's time for a launch is more than a small chunk takes, and next to nothing
-where the device finds that there is nothing to do.
+**Who owns what.** What those kernels own, which do the work. One program per multiprocessor,
+launched together: between two phases all programs wait for each other, so that ``dz`` is complete
+before anyone multiplies it, and multiplied before anyone overwrites it. That is the only thing
+programs wait for; sums are in one order, and reruns are bitwise equal. One launch, where each chunk
+had three, because the host's time for a launch is more than a small chunk takes, and next to
+nothing where the device finds that there is nothing to do.
 
-**Cost.** 6NVD flop, 2 bytes written and 4 read a (token, class). Workspace: ``dz`` of a chunk, and
-what rounding leaves of dH.
+**Cost.** 6NVD flop, 2 bytes written and 4 read per token and class. Workspace: ``dz`` of a chunk,
+and the compensation of dH, what rounding leaves of it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from crosscut.device.launch import kernel
 from crosscut.device.tiles import Tiles, descriptor, num_programs, tiles_in_group
 from crosscut.kernels.logits_tile import Head
 from crosscut.kernels.softmax_gradient import Tokens, softmax_gradient_kernel
-from crosscut.kernels.tile_matmul import TILE, tile_matmul_kernel
+from crosscut.kernels.tile_matmul import tile_matmul_kernel
 
 
 @triton.jit
@@ -53,27 +53,17 @@ def wait_for_all(arrived_ptr, count, FENCE: tl.constexpr):
 
 @kernel
 def exact_sweep_kernel(
-    num_rows_ptr,
-    hidden_ptr,
+    tokens,  # Tokens
     hidden_desc,
     hidden_right_desc,
-    own_ptr,
-    vectors_ptr,
-    targets_ptr,
-    d_targets_ptr,
-    classifier_ptr,
+    head,  # HeadArguments
     classifier_desc,
     classifier_right_desc,
-    bias_ptr,
     logit_weight_ptr,
+    out,  # SweepOutputs
     dz_ptr,
     dz_left_desc,
     dz_right_desc,
-    rows_ptr,
-    d_hidden_ptr,
-    compensation_ptr,
-    d_classifier_ptr,
-    class_sum_ptr,
     scale_ptr,
     arrived_ptr,
     last_phase,
@@ -82,47 +72,40 @@ def exact_sweep_kernel(
     dz_rows,
     num_targets,
     width,
-    hidden_size,
-    stride_v,
-    stride_d,
-    logit_scale,
-    softcap,
     most_tiles,
     VECTORS: tl.constexpr,
     GRADIENT: tl.constexpr,
     MATMUL: tl.constexpr,
-    LIVE_TILE: tl.constexpr,
-    FENCE: tl.constexpr,
     FIRST_PHASE: tl.constexpr,
 ):
-    stop = tl.where(tl.load(num_rows_ptr) < 0, FIRST_PHASE, last_phase)
+    FENCE: tl.constexpr = dz_left_desc is not None
+    stop = tl.where(tl.load(tokens.num_rows) < 0, FIRST_PHASE, last_phase)
     for phase in range(FIRST_PHASE, stop):
         begin = first_class + phase // 2 * width
         end = tl.minimum(begin + width, last_class)
         if phase % 2 == 0:
             softmax_gradient_kernel(
-                num_rows_ptr, hidden_ptr, hidden_desc, own_ptr, vectors_ptr, targets_ptr,
-                d_targets_ptr, classifier_ptr, classifier_desc, bias_ptr, logit_weight_ptr,
-                dz_ptr, None, dz_rows, num_targets, 0, begin, end, hidden_size, stride_v,
-                stride_d, width, logit_scale, softcap, most_tiles, VECTORS, GRADIENT,
+                tokens, hidden_desc, head, classifier_desc, logit_weight_ptr, dz_ptr, None,
+                dz_rows, num_targets, 0, begin, end, width, most_tiles, VECTORS, GRADIENT,
             )  # fmt: skip
         else:
-            if d_hidden_ptr is not None:
+            if out.d_hidden is not None:
                 tile_matmul_kernel(
-                    dz_ptr, dz_left_desc, classifier_ptr, classifier_right_desc, None, None,
-                    num_rows_ptr, scale_ptr, rows_ptr, None, d_hidden_ptr, compensation_ptr, begin,
-                    end - begin, hidden_size, 0, width, stride_v, stride_d, False, True, True,
-                    LIVE_TILE, MATMUL,
+                    dz_ptr, dz_left_desc, head.classifier, classifier_right_desc, None,
+                    tokens.num_rows, scale_ptr, out.rows, None, out.d_hidden, out.compensation,
+                    begin, end - begin, head.hidden_size, 0, width, head.stride_v, head.stride_d,
+                    False, True, True, MATMUL,
                 )  # fmt: skip
-            if d_classifier_ptr is not None:
+            if out.d_classifier is not None:
                 sums = None
-                if class_sum_ptr is not None:
-                    sums = class_sum_ptr + begin
-                out = d_classifier_ptr + tl.cast(begin, tl.int64) * hidden_size
+                if out.class_sum is not None:
+                    sums = out.class_sum + begin
+                d_classifier = out.d_classifier + tl.cast(begin, tl.int64) * head.hidden_size
                 tile_matmul_kernel(
-                    dz_ptr, dz_right_desc, hidden_ptr, hidden_right_desc, None, None,
-                    num_rows_ptr, scale_ptr, None, sums, out, None, 0, end - begin, hidden_size,
-                    0, width, hidden_size, 1, True, False, False, LIVE_TILE, MATMUL,
+                    dz_ptr, dz_right_desc, tokens.hidden, hidden_right_desc, None,
+                    tokens.num_rows, scale_ptr, None, sums, d_classifier, None,
+                    0, end - begin, head.hidden_size, 0, width, head.hidden_size, 1,
+                    True, False, False, MATMUL,
                 )  # fmt: skip
         if phase + 1 < stop:
             wait_for_all(arrived_ptr, (phase + 1 - FIRST_PHASE) * tl.num_programs(0), FENCE)
@@ -133,7 +116,7 @@ class SweepOutputs(NamedTuple):
 
     rows: Tensor  # [N] int32, of dH: where the tokens that take part have theirs
     d_hidden: Tensor | None  # [N, D], contiguous
-    low: Tensor | None  # [N, D], what d_hidden lacks, if that is not float32
+    compensation: Tensor | None  # [N, D], what d_hidden lacks, if that is not float32
     d_classifier: Tensor | None  # [V, D], contiguous
     class_sum: Tensor | None  # [V] float32, ``sum_n dz``, with d_classifier
 
@@ -146,8 +129,7 @@ def exact_sweep(
     dz: Tensor,
     classes: range,
     scale: Tensor,
-    gradient: Tiles,
-    matmul: Tiles,
+    tiles: tuple[Tiles, Tiles],
 ) -> None:
     """The exact gradient of some classes. Nothing if ``tokens.num_rows < 0``.
 
@@ -155,15 +137,15 @@ def exact_sweep(
         head: the head; of its hidden states those in ``tokens`` are used.
         logit_weight: [V] float32, contiguous, or None.
         tokens: those that take part; finite up to the next multiple of TILE rows of ``dz``.
-        out: what to fill. dH is added to, but for the first classes, 0 and on: they begin anew.
+        out: what to fill. dH is added to what is there, unless the classes begin at 0.
         dz: workspace [multiple of TILE >= N, chunk], chunk a multiple of TILE, of anything.
-        classes: whose gradient; not all of them if ``dz`` lies in rows of dC: then others than
-            those.
+        classes: whose gradient. If ``dz`` lies in rows of dC, they are those of other classes.
         scale: [1] float32.
-        gradient: BLOCK_N tokens x BLOCK_V classes, in steps of BLOCK_D dimensions.
-        matmul: BLOCK_N rows x BLOCK_V dimensions, in steps of BLOCK_D; as many warps.
+        tiles: of the gradient, BLOCK_N tokens x BLOCK_V classes, in steps of BLOCK_D dimensions;
+            and of the matmuls, BLOCK_N rows x BLOCK_V dimensions, in steps of BLOCK_D, with as many
+            warps.
     """
-    hidden, classifier, bias, logit_scale, softcap = head
+    gradient, matmul = tiles
     programs, width = num_programs(dz.device), dz.shape[1]
     phases = 2 * triton.cdiv(len(classes), width)
     # The interpreter runs program after program, and so has to phase after phase.
@@ -172,23 +154,17 @@ def exact_sweep(
     hidden_desc = descriptor(tokens.hidden, (gradient.block_n, gradient.block_d), gradient)
     for first in range(0, phases, phases if together else 1):
         exact_sweep_kernel[(programs,)](
-            tokens.num_rows,
-            tokens.hidden,
+            tokens,
             hidden_desc,
             descriptor(tokens.hidden, right, matmul),
-            tokens.own,
-            tokens.vectors,
-            tokens.targets,
-            tokens.d_targets,
-            classifier,
-            descriptor(classifier, (gradient.block_v, gradient.block_d), gradient),
-            descriptor(classifier, right, matmul),
-            bias,
+            head.arguments,
+            descriptor(head.classifier, (gradient.block_v, gradient.block_d), gradient),
+            descriptor(head.classifier, right, matmul),
             logit_weight,
+            out,
             dz,
             descriptor(dz, (matmul.block_n, matmul.block_d), matmul),
             descriptor(dz, (matmul.block_d, matmul.block_n), matmul),
-            *out,
             scale,
             torch.zeros(1, dtype=torch.int32, device=dz.device),
             phases if together else first + 1,
@@ -197,16 +173,10 @@ def exact_sweep(
             len(dz),
             0 if tokens.targets is None else tokens.targets.shape[1],
             width,
-            hidden.shape[1],
-            *classifier.stride(),
-            logit_scale,
-            softcap,
             tiles_in_group(tokens.hidden, gradient),
             VECTORS=tokens.vectors.shape[1],
             GRADIENT=gradient.constants,
             MATMUL=matmul.constants,
-            LIVE_TILE=TILE,
-            FENCE=matmul.descriptors and together,
             FIRST_PHASE=first,
             num_warps=gradient.num_warps,
             num_stages=gradient.num_stages,

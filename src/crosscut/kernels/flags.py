@@ -1,8 +1,8 @@
 """Classes that a flag picks out of the vocabulary, numbered in ascending order, on the device.
 
-``flags`` [V] int8 is 0 or 1. The rank of a flagged class is how many come before it. A program that
-wants the ranks of some classes counts the flags before them itself: they are few bytes, in the L2
-cache, and nothing waits for anything.
+``flags`` [V] int8 is 0 or 1. The rank of a flagged class is how many flagged classes come before
+it. A program that wants the ranks of some classes counts the flags before them itself: they are few
+bytes, in the L2 cache, and no program waits for another.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 from crosscut.device.launch import kernel
 
 FLAG_CLASSES = 8192
-"""Classes that a program ranks."""
+"""Classes that one program ranks."""
 
 
 @triton.jit
 def count_flags(flags_ptr, first, end, num_classes, BLOCK: tl.constexpr):
-    """Flags of the classes from ``first`` to ``end``, both multiples of BLOCK or V."""
+    """Number of flags of the classes from ``first`` to ``end``, both multiples of BLOCK or V."""
     count = 0
     for start in range(first, end, BLOCK):
         classes = start + tl.arange(0, BLOCK)

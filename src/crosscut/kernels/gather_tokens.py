@@ -6,9 +6,10 @@ With ``rows`` as :mod:`.valid_rows` lists them, place i gets token ``rows[i]``:
     own[i]      = y[rows[i]]
     vectors[i]  = lse, factor, d_own, d_sum, lse_low, rest, and -d_entropy if there is one
 
-``factor`` is that of the softmax in the gradient of the logits, ``d_own`` all of that gradient at
-the token's own class y but the logit sum's, ``rest = 1 - p`` the mass of all other classes. With
-``log_prob`` the logarithm of p (see ``row_cotangents`` in :mod:`crosscut.backends.protocol`):
+``factor`` multiplies the softmax in the gradient of the logits. ``d_own`` is that gradient at the
+token's own class y, without the logit sum's part. ``rest = 1 - p`` is the mass of all other
+classes. With ``log_prob`` the logarithm of p (see ``row_cotangents`` in
+:mod:`crosscut.backends.protocol`):
 
     factor = d_lse - d_log_prob - d_entropy entropy
     d_own  = d_target + d_log_prob rest + d_lse p - d_entropy p (entropy + log_prob)
@@ -46,20 +47,14 @@ def cotangents_of(ptr, rows, stride):
 def gather_tokens_kernel(
     rows_ptr,
     hidden_ptr,
-    own_ptr,
-    lse_ptr,
-    lse_low_ptr,
-    log_prob_ptr,
-    entropy_ptr,
-    d_lse_ptr,
+    statistics,  # TokenStatistics
+    d_lse_ptr,  # not in a tuple, where Triton would specialise on alignment
     d_target_ptr,
     d_log_prob_ptr,
     d_sum_ptr,
     d_entropy_ptr,
     loss_scale_ptr,
-    hidden_out_ptr,
-    own_out_ptr,
-    vectors_ptr,
+    out,  # Tokens, to be filled
     num_tokens,
     num_rows,
     hidden_size,
@@ -71,25 +66,25 @@ def gather_tokens_kernel(
     stride_d_sum,
     stride_d_entropy,
     COMBINED: tl.constexpr,  # d_lse and d_target are factor and d_own already
-    VECTORS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    VECTORS: tl.constexpr = 6 if d_entropy_ptr is None else 7
     places = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     inside = places < num_tokens
     rows = tl.load(rows_ptr + places, mask=inside, other=-1).to(tl.int64)
     valid = rows >= 0
     move_to(
-        hidden_out_ptr, places.to(tl.int64), num_rows, hidden_ptr, rows, None, hidden_size,
+        out.hidden, places.to(tl.int64), num_rows, hidden_ptr, rows, None, hidden_size,
         stride_n, stride_d, BLOCK_D,
     )  # fmt: skip
-    own = tl.load(own_ptr + rows, mask=valid, other=-1)
-    tl.store(own_out_ptr + places, own, mask=inside)
+    own = tl.load(statistics.own + rows, mask=valid, other=-1)
+    tl.store(out.own + places, own, mask=inside)
 
     loss_scale = 1.0
     if loss_scale_ptr is not None:
         loss_scale = tl.load(loss_scale_ptr)
-    log_prob = tl.load(log_prob_ptr + rows, mask=valid, other=0.0)
+    log_prob = tl.load(statistics.log_prob + rows, mask=valid, other=0.0)
     p, rest = tl.exp(log_prob), one_minus_exp(log_prob)
     d_entropy = cotangents_of(d_entropy_ptr, rows, stride_d_entropy)
     factor = cotangents_of(d_lse_ptr, rows, stride_d_lse)
@@ -99,19 +94,31 @@ def gather_tokens_kernel(
         d_own += d_log_prob * rest + factor * p
         factor -= d_log_prob
         if d_entropy_ptr is not None:
-            entropy = tl.load(entropy_ptr + rows, mask=valid, other=0.0)
+            entropy = tl.load(statistics.entropy + rows, mask=valid, other=0.0)
             factor -= d_entropy * entropy
             d_own -= d_entropy * p * (entropy + tl.maximum(log_prob, NEGLIGIBLE))
-    vectors = vectors_ptr + places * VECTORS
+    vectors = out.vectors + places * VECTORS
     if d_entropy_ptr is not None:
         tl.store(vectors + 6, -d_entropy * loss_scale, mask=inside)
     d_sum = cotangents_of(d_sum_ptr, rows, stride_d_sum)
-    tl.store(vectors, tl.load(lse_ptr + rows, mask=valid, other=0.0), mask=inside)
+    lse = tl.load(statistics.lse + rows, mask=valid, other=0.0)
+    lse_low = tl.load(statistics.lse_low + rows, mask=valid, other=0.0)
+    tl.store(vectors, lse, mask=inside)
     tl.store(vectors + 1, factor * loss_scale, mask=inside)
     tl.store(vectors + 2, d_own * loss_scale, mask=inside)
     tl.store(vectors + 3, d_sum * loss_scale, mask=inside)
-    tl.store(vectors + 4, tl.load(lse_low_ptr + rows, mask=valid, other=0.0), mask=inside)
+    tl.store(vectors + 4, lse_low, mask=inside)
     tl.store(vectors + 5, rest, mask=inside)
+
+
+class TokenStatistics(NamedTuple):
+    """The fields of PerToken that a kernel takes as one."""
+
+    own: Tensor
+    lse: Tensor
+    lse_low: Tensor
+    log_prob: Tensor
+    entropy: Tensor | None
 
 
 class PerToken(NamedTuple):
@@ -132,40 +139,38 @@ class PerToken(NamedTuple):
 def gather_tokens(
     hidden: Tensor,
     of_tokens: PerToken,
-    kept: ValidRows,
+    valid_rows: ValidRows,
     loss_scale: Tensor | None,
     *,
     combined: bool,
     multiple: int,
 ) -> Tokens:
-    """The tokens of ``hidden`` [N, D] that are ``kept``, then zeros up to a multiple of tokens.
+    """The tokens of ``hidden`` [N, D] that take part, then zeros up to a multiple of tokens.
 
     ``loss_scale`` [] float32, or None for 1. ``combined`` says that ``d_lse`` and ``d_target`` are
     ``factor`` and ``d_own`` already.
     """
     num_tokens, hidden_size = hidden.shape
-    cotangents = of_tokens[5:]
+    statistics, cotangents = TokenStatistics(*of_tokens[:5]), of_tokens[5:]
     vectors = 6 if of_tokens.d_entropy is None else 7
     tokens = Tokens(
-        kept.count,
+        valid_rows.count,
         hidden.new_empty(triton.cdiv(num_tokens, multiple) * multiple, hidden_size),
-        kept.rows.new_empty(num_tokens, dtype=torch.int64),
+        valid_rows.rows.new_empty(num_tokens, dtype=torch.int64),
         of_tokens.lse.new_empty(num_tokens, vectors),
     )
     gather_tokens_kernel[(triton.cdiv(len(tokens.hidden), BLOCK_N),)](
-        kept.rows,
+        valid_rows.rows,
         hidden,
-        *of_tokens,
+        statistics,
+        *cotangents,
         loss_scale,
-        tokens.hidden,
-        tokens.own,
-        tokens.vectors,
+        tokens,
         num_tokens,
         *tokens.hidden.shape,
         *hidden.stride(),
         *(0 if given is None else given.stride(0) for given in cotangents),
         COMBINED=combined,
-        VECTORS=vectors,
         BLOCK_N=BLOCK_N,
         BLOCK_D=BLOCK_D,
     )

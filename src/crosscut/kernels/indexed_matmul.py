@@ -2,13 +2,13 @@
 
     target_logit[n] = softcap(logit_scale * H[n] . C[y_n] + bias[y_n])
 
-or, of K labels a token, ``target_logit[n, k]`` with ``y_nk``. Program i owns labels BLOCK_N i to
+or, of K labels per token, ``target_logit[n, k]`` with ``y_nk``. Program i owns labels BLOCK_N i to
 BLOCK_N (i + 1) and walks over D:
 
     H [BLOCK_N, D]     ->->->
     C[y] [BLOCK_N, D]  ->->->      sum of products   [BLOCK_N]
 
-2NKD flop, two rows read a label, 4NK bytes written, no workspace. Products and sums in float32. A
+2NKD flop, two rows read per label, 4NK bytes written, no workspace. Products and sums in float32. A
 label outside of [0, V) gets 0: one that is ignored, or a class of another vocabulary shard. Which
 classes are labels is noted on the way, where asked for.
 """
@@ -30,39 +30,33 @@ BLOCK_D = 128
 @kernel
 def indexed_matmul_kernel(
     hidden_ptr,
-    classifier_ptr,
-    bias_ptr,
+    head,  # HeadArguments
     labels_ptr,
     target_logit_ptr,
     flags_ptr,
     num_labels,
     num_targets,
     num_classes,
-    hidden_size,
-    stride_v,
-    stride_d,
-    logit_scale,
-    softcap,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     places = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     labels = tl.load(labels_ptr + places, mask=places < num_labels, other=-1)
     known = (labels >= 0) & (labels < num_classes)
-    hidden_rows = hidden_ptr + (places // num_targets)[:, None].to(tl.int64) * hidden_size
-    classifier_rows = classifier_ptr + labels[:, None].to(tl.int64) * stride_v
+    hidden_rows = hidden_ptr + (places // num_targets)[:, None].to(tl.int64) * head.hidden_size
+    classifier_rows = head.classifier + labels[:, None].to(tl.int64) * head.stride_v
 
     total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for start in range(0, hidden_size, BLOCK_D):
+    for start in range(0, head.hidden_size, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)[None, :].to(tl.int64)
-        mask = known[:, None] & (d < hidden_size)
+        mask = known[:, None] & (d < head.hidden_size)
         h = tl.load(hidden_rows + d, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
-        c = tl.load(classifier_rows + d * stride_d, mask=mask, other=0.0).to(tl.float32)
+        c = tl.load(classifier_rows + d * head.stride_d, mask=mask, other=0.0).to(tl.float32)
         total += h * c
     bias = None
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + labels, mask=known, other=0.0).to(tl.float32)
-    z = logits_of(tl.sum(total, 1), bias, logit_scale, softcap)
+    if head.bias is not None:
+        bias = tl.load(head.bias + labels, mask=known, other=0.0).to(tl.float32)
+    z = logits_of(tl.sum(total, 1), bias, head.logit_scale, head.softcap)
     tl.store(target_logit_ptr + places, tl.where(known, z, 0.0), mask=places < num_labels)
     if flags_ptr is not None:
         tl.store(flags_ptr + labels, tl.full((BLOCK_N,), 1, tl.int8), mask=known)
@@ -73,22 +67,17 @@ def indexed_matmul(head: Head, labels: Tensor, flags: Tensor | None = None) -> T
 
     ``flags`` [V] int8, if given, becomes 1 at every label.
     """
-    hidden, classifier = head.hidden, head.classifier
     target_logit = labels.new_empty(labels.shape, dtype=torch.float32)
     grid = (triton.cdiv(labels.numel(), BLOCK_N),)
     indexed_matmul_kernel[grid](
-        hidden,
-        classifier,
-        head.bias,
+        head.hidden,
+        head.arguments,
         labels,
         target_logit,
         flags,
         labels.numel(),
         labels.shape[1:].numel(),
-        *classifier.shape,
-        *classifier.stride(),
-        head.logit_scale,
-        head.softcap,
+        len(head.classifier),
         BLOCK_N=BLOCK_N,
         BLOCK_D=BLOCK_D,
         num_warps=4,

@@ -13,9 +13,14 @@ rows of C, summed over steps of BLOCK_D in float32 registers:
     +-----+-----+     +-----+-----+
 
 **Rows.** Tokens without a label take no part. ``rows`` (see :mod:`.valid_rows`) lists the others,
-and a tile's tokens are consecutive nonzeros of that list. Mostly they are consecutive tokens too:
-such a tile of H is loaded as a block, by TMA where there is one. A tile with a gap gathers its rows
-by pointers. Which of the two is decided tile by tile, on the device.
+and a tile's tokens are neighbours in that list. Mostly they are neighbours in H too: such a tile of
+H is loaded as a block, by TMA where there is one. A tile with a gap gathers its rows by pointers.
+Which of the two is decided tile by tile, on the device.
+
+**Arguments.** A kernel takes what belongs together as one record, whose fields are pointers and
+numbers on the device. TMA descriptors stay beside the records, because Triton's launcher finds them
+only among a kernel's own parameters. So does what must not be specialised, like sizes that follow
+the number of tokens (:mod:`crosscut.device.launch`): Triton specialises all fields of a record.
 
 **Numerics.** Operands in their own dtype, sums in float32. float32 operands are multiplied as tf32
 only where PyTorch's own setting allows it.
@@ -33,6 +38,18 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 NEGLIGIBLE = tl.constexpr(-1e4)  # a log p whose p is 0: stands for -inf, where 0 * inf would be
 
 
+class HeadArguments(NamedTuple):
+    """What a kernel takes of a head, beside hidden states and the number of classes."""
+
+    classifier: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    hidden_size: int
+    stride_v: int  # of the classifier
+    stride_d: int
+    logit_scale: float
+    softcap: float | None
+
+
 class Head(NamedTuple):
     """What makes logits, ``softcap * tanh((logit_scale * H C^T + bias) / softcap)``."""
 
@@ -41,6 +58,19 @@ class Head(NamedTuple):
     bias: Tensor | None  # [V], contiguous
     logit_scale: float
     softcap: float | None
+
+    @property
+    def arguments(self) -> HeadArguments:
+        """All but the hidden states, for a kernel."""
+        return HeadArguments(
+            classifier=self.classifier,
+            bias=self.bias,
+            hidden_size=self.classifier.shape[1],
+            stride_v=self.classifier.stride(0),
+            stride_d=self.classifier.stride(1),
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+        )
 
 
 @triton.jit
@@ -77,15 +107,12 @@ def dot_tile(left, right, total, PRECISION: tl.constexpr):
 def product_tile(
     hidden_ptr,
     hidden_desc,
-    classifier_ptr,
+    head,  # HeadArguments
     classifier_desc,
     rows,  # [BLOCK_N]
     first_row,
     first_class,
     num_classes,
-    hidden_size,
-    stride_v,
-    stride_d,
     GATHER: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -95,21 +122,21 @@ def product_tile(
     BLOCK_D: tl.constexpr = TILE[2]
     PRECISION: tl.constexpr = TILE[3]
     offsets = tl.arange(0, BLOCK_D)
-    hidden_tile = hidden_ptr + rows[:, None] * hidden_size + offsets  # [BLOCK_N, BLOCK_D]
+    hidden_tile = hidden_ptr + rows[:, None] * head.hidden_size + offsets  # [BLOCK_N, BLOCK_D]
     if classifier_desc is None:
         classes = first_class + tl.arange(0, BLOCK_V)
         classes = tl.minimum(classes, num_classes - 1).to(tl.int64)
-        classifier_rows = classifier_ptr + classes[None, :] * stride_v  # [1, BLOCK_V]
+        classifier_rows = head.classifier + classes[None, :] * head.stride_v  # [1, BLOCK_V]
 
     product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    for start in range(0, hidden_size, BLOCK_D):
-        inside = offsets < hidden_size - start
+    for start in range(0, head.hidden_size, BLOCK_D):
+        inside = offsets < head.hidden_size - start
         if GATHER or hidden_desc is None:
             h = tl.load(hidden_tile + start, mask=inside[None, :], other=0.0)
         else:
             h = hidden_desc.load([first_row, start])
         if classifier_desc is None:
-            d = (start + offsets).to(tl.int64)[:, None] * stride_d
+            d = (start + offsets).to(tl.int64)[:, None] * head.stride_d
             c = tl.load(classifier_rows + d, mask=inside[:, None], other=0.0)
         else:
             c = classifier_desc.load([first_class, start]).T
@@ -175,6 +202,16 @@ def column_part(
         half = left if part < 2 else right
         first, second = half.reshape(ROWS, 2, COLUMNS // 4).permute(0, 2, 1).split()
         return first if part % 2 == 0 else second
+
+
+@triton.jit
+def logits_at(product, head, classes, num_classes):
+    """Logits [rows, classes] from their products with some classes; any value past the end."""
+    bias = None
+    if head.bias is not None:
+        bias = tl.load(head.bias + classes, mask=classes < num_classes, other=0.0)
+        bias = bias.to(tl.float32)[None, :]
+    return logits_of(product, bias, head.logit_scale, head.softcap)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Rows of a matrix to other places, scaled and cast: ``out[i] = scale * source[index[i]]``.
+"""Move rows of a matrix to other places, scaled and cast: ``out[i] = scale * source[index[i]]``.
 
 A negative index makes a row of zeros. Program i owns rows BLOCK_N i to BLOCK_N (i + 1) of ``out``.
 Each row is read and written once.

@@ -14,8 +14,8 @@ registers.
 **Filter** (section 4.3). Where asked for, tiles of BLOCK_N tokens x FILTER_V classes in which every
 ``|p - onehot|`` is below EPSILON are marked dead; with BLOCK_N = 128 they are the paper's.
 
-**Who owns what.** One program a multiprocessor; program i of P owns tiles i, i + P, i + 2P, ... in
-this order, in groups of token tiles whose hidden states fit in the L2 cache:
+**Who owns what.** One program per multiprocessor; program i of P owns tiles i, i + P, i + 2P, ...
+in this order, in groups of token tiles whose hidden states fit in the L2 cache:
 
               classes of the chunk ->
     group 0    0  3  6  9          All programs are near each other: a tile of C comes from
@@ -25,8 +25,8 @@ this order, in groups of token tiles whose hidden states fit in the L2 cache:
 
 Tokens here are only those that take part, side by side. Past the last of them a tile is zero.
 
-**Cost.** 2 flop a (token, class, dimension) and 2 bytes written a (token, class). Each of several
-targets is looked for in every tile: 3 operations a (token, class).
+**Cost.** 2 flop per token, class and dimension, and 2 bytes written per token and class. Each of
+several targets is looked for in every tile: 3 operations per token and class.
 
 **Numerics.** float32 until the store.
 """
@@ -44,8 +44,9 @@ from crosscut.device.tiles import Tiles, descriptor, num_programs, tiles_in_grou
 from crosscut.kernels.logits_tile import (
     LOG2_E,
     NEGLIGIBLE,
+    Head,
     column_part,
-    logits_of,
+    logits_at,
     product_tile,
     slope_of,
 )
@@ -60,8 +61,7 @@ class Tokens(NamedTuple):
     num_rows: Tensor  # R, [1] int32; where negative, nothing is to be done
     hidden: Tensor  # [N, D]
     own: Tensor  # [N] int64, each token's own class, by its place among the classes of the call
-    vectors: Tensor  # [N, 6 or 7] float32, see :mod:`.gather_tokens`; 7 where the entropy has a
-    # cotangent
+    vectors: Tensor  # [N, 6 or 7] float32, see :mod:`.gather_tokens`; 7 with an entropy's cotangent
     targets: Tensor | None = None  # [N, K] int64, of tokens that have several, the own one too
     d_targets: Tensor | None = None  # [N, K] float32, what they add to dz; 0 at the own class
 
@@ -78,27 +78,21 @@ class HeadChunk(NamedTuple):
 @triton.jit
 def gradient_tile(
     z,  # [BLOCK_N, BLOCK_V], products
-    bias_ptr,
+    head,  # HeadArguments
     logit_weight_ptr,
     vectors,  # [BLOCK_N, 1] pointers to a token's first of VECTORS
     own,  # [BLOCK_N], the own class's place in the chunk
     several,  # pointers [BLOCK_N, 1] to a token's targets and d_targets, K, first_label; or None
     classes,  # [BLOCK_V]
     num_classes,
-    logit_scale,
-    softcap,
     VECTORS: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
     """``dz`` and ``|p - onehot|`` [BLOCK_N, BLOCK_V] in float32; any value past the end.
 
-    The second knows of the own class alone.
+    The onehot of the second has no targets but the own class.
     """
-    bias = None
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + classes, mask=classes < num_classes, other=0.0)
-        bias = bias.to(tl.float32)[None, :]
-    z = logits_of(z, bias, logit_scale, softcap)
+    z = logits_at(z, head, classes, num_classes)
     log_p = z - tl.load(vectors)
     if PRECISE:
         log_p -= tl.load(vectors + 4)
@@ -117,23 +111,17 @@ def gradient_tile(
     if logit_weight_ptr is not None:
         weight = tl.load(logit_weight_ptr + classes, mask=classes < num_classes, other=0.0)
         dz += tl.load(vectors + 3) * weight[None, :]
-    if softcap is not None:
-        dz *= slope_of(z, softcap)
+    if head.softcap is not None:
+        dz *= slope_of(z, head.softcap)
     return dz, difference
 
 
 @kernel
 def softmax_gradient_kernel(
-    num_rows_ptr,
-    hidden_ptr,
+    tokens,  # Tokens
     hidden_desc,
-    own_ptr,
-    vectors_ptr,  # [N, VECTORS]
-    targets_ptr,  # [N, num_targets]
-    d_targets_ptr,
-    classifier_ptr,
+    head,  # HeadArguments
     classifier_desc,
-    bias_ptr,
     logit_weight_ptr,
     dz_ptr,
     alive_ptr,
@@ -142,19 +130,14 @@ def softmax_gradient_kernel(
     first_label,
     begin,
     num_classes,
-    hidden_size,
-    stride_v,
-    stride_d,
     stride_dz,
-    logit_scale,
-    softcap,
     most_tiles,
     VECTORS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     BLOCK_N: tl.constexpr = TILE[0]
     BLOCK_V: tl.constexpr = TILE[1]
-    num_rows = tl.load(num_rows_ptr)
+    num_rows = tl.load(tokens.num_rows)
     token_tiles = tl.cdiv(tl.maximum(num_rows, 0), BLOCK_N)
     class_tiles = tl.cdiv(num_classes - begin, BLOCK_V)
     groups = tl.cdiv(token_tiles, most_tiles)
@@ -166,11 +149,11 @@ def softmax_gradient_kernel(
         height = tl.minimum(group, token_tiles - start)
         first_class = begin + in_group // height * BLOCK_V
         tile = start + in_group % height
-        tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        rows = tl.minimum(tokens, num_rows - 1).to(tl.int64)
+        places = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        rows = tl.minimum(places, num_rows - 1).to(tl.int64)
         product = product_tile(
-            hidden_ptr, hidden_desc, classifier_ptr, classifier_desc, rows, tile * BLOCK_N,
-            first_class, num_classes, hidden_size, stride_v, stride_d, False, TILE,
+            tokens.hidden, hidden_desc, head, classifier_desc, rows, tile * BLOCK_N, first_class,
+            num_classes, False, TILE,
         )  # fmt: skip
 
         # A whole tile of results beside its pointers does not fit in the registers.
@@ -181,19 +164,18 @@ def softmax_gradient_kernel(
         for part in tl.static_range(PARTS):
             first = first_class + part * (BLOCK_V // PARTS)
             classes = first + tl.arange(0, BLOCK_V // PARTS)
-            own = tl.load(own_ptr + rows) - first_label
+            own = tl.load(tokens.own + rows) - first_label
             several = None
-            if targets_ptr is not None:
+            if tokens.targets is not None:
                 first_target = rows[:, None] * num_targets
-                targets, d_targets = targets_ptr + first_target, d_targets_ptr + first_target
+                targets, d_targets = tokens.targets + first_target, tokens.d_targets + first_target
                 several = targets, d_targets, num_targets, first_label
             dz, difference = gradient_tile(
                 column_part(product, part, PARTS, BLOCK_N, BLOCK_V),
-                bias_ptr, logit_weight_ptr, vectors_ptr + rows[:, None] * VECTORS, own, several,
-                classes, num_classes, logit_scale, softcap, VECTORS,
-                hidden_ptr.dtype.element_ty == tl.float32,
+                head, logit_weight_ptr, tokens.vectors + rows[:, None] * VECTORS, own, several,
+                classes, num_classes, VECTORS, tokens.hidden.dtype.element_ty == tl.float32,
             )  # fmt: skip
-            inside = (tokens < num_rows)[:, None] & (classes < num_classes)[None, :]
+            inside = (places < num_rows)[:, None] & (classes < num_classes)[None, :]
             if alive_ptr is not None:
                 difference = tl.where(inside, difference, 0.0)
                 reaches = tl.where(difference < EPSILON, 0, 1)  # a NaN is alive
@@ -204,8 +186,8 @@ def softmax_gradient_kernel(
                     tl.store(place, alive.to(tl.int8), mask=column < columns)
                     alive = 0
             column = classes - begin
-            place = dz_ptr + tokens.to(tl.int64)[:, None] * stride_dz + column[None, :]
-            mask = (tokens < num_tokens)[:, None] & (column < stride_dz)[None, :]
+            place = dz_ptr + places.to(tl.int64)[:, None] * stride_dz + column[None, :]
+            mask = (places < num_tokens)[:, None] & (column < stride_dz)[None, :]
             dz = tl.where(inside, dz, 0.0).to(dz_ptr.dtype.element_ty)
             tl.store(place, dz, mask=mask)
 
@@ -224,20 +206,16 @@ def softmax_gradient(
 
     ``dz`` has contiguous rows, in any float dtype. Columns past ``chunk`` that share a tile with it
     get zeros too, as far as the row goes. It is the gradient of the logits before the softcap and
-    after the scale. ``alive`` [token tiles, class tiles] int8 or None: 1 for each tile
-    of BLOCK_N x FILTER_V that the filter keeps; tiles of tokens past R are left as they were.
+    after the scale. ``alive`` [token tiles, class tiles] int8 or None gets 1 for each tile of
+    BLOCK_N x FILTER_V that is not dead, and 0 for the others; tiles of tokens past R are left as
+    they were.
     """
+    head = Head(tokens.hidden, chunk.classifier, chunk.bias, logit_scale, softcap)
     softmax_gradient_kernel[(num_programs(dz.device),)](
-        tokens.num_rows,
-        tokens.hidden,
+        tokens,
         descriptor(tokens.hidden, (tiles.block_n, tiles.block_d), tiles),
-        tokens.own,
-        tokens.vectors,
-        tokens.targets,
-        tokens.d_targets,
-        chunk.classifier,
+        head.arguments,
         descriptor(chunk.classifier, (tiles.block_v, tiles.block_d), tiles),
-        chunk.bias,
         chunk.logit_weight,
         dz,
         alive,
@@ -245,11 +223,8 @@ def softmax_gradient(
         0 if tokens.targets is None else tokens.targets.shape[1],
         chunk.first,
         0,
-        *chunk.classifier.shape,
-        *chunk.classifier.stride(),
+        len(chunk.classifier),
         dz.stride(0),
-        logit_scale,
-        softcap,
         tiles_in_group(tokens.hidden, tiles),
         VECTORS=tokens.vectors.shape[1],
         TILE=tiles.constants,

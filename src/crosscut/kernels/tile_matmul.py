@@ -19,9 +19,9 @@ both written as ``out = L B``, L being ``dz`` or its transpose:
 **Which steps.** All of K; or, given lists of live tiles (the paper's gradient filter), for each
 TILE rows of L only the listed TILE columns.
 
-**Who owns what.** One program a multiprocessor; program i of P owns tiles i, i + P, ... of ``out``,
-column tiles first: what runs at once shares few rows of L and all of B. Nobody else writes a tile,
-and sums are in one order: reruns are bitwise equal.
+**Who owns what.** One program per multiprocessor; program i of P owns tiles i, i + P, ... of
+``out``, column tiles first: what runs at once shares few rows of L and all of B. Nobody else writes
+a tile, and sums are in one order: reruns are bitwise equal.
 
 **Cost.** 2MKD flop, less what is not listed. No workspace.
 
@@ -45,6 +45,8 @@ from crosscut.kernels.logits_tile import column_part, dot_tile
 
 TILE = 128
 """Tokens, and classes, of a tile of the filter."""
+
+LIVE_TILE = tl.constexpr(TILE)
 
 COMPENSATION_SCALE = tl.constexpr(2.0**11)
 """What rounding leaves is stored times this: as it is, it may be too small for float16."""
@@ -91,8 +93,7 @@ def tile_matmul_kernel(
     left_desc,
     right_ptr,
     right_desc,
-    live_count_ptr,
-    live_columns_ptr,
+    live,  # LiveTiles, or None for all
     num_rows_ptr,
     scale_ptr,
     out_rows_ptr,
@@ -109,14 +110,13 @@ def tile_matmul_kernel(
     OF_CLASSES: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     OVERWRITE_FIRST: tl.constexpr,
-    LIVE_TILE: tl.constexpr,
     TILES: tl.constexpr,
 ):
     BLOCK_M: tl.constexpr = TILES[0]
     BLOCK_D: tl.constexpr = TILES[1]
     BLOCK_K: tl.constexpr = TILES[2]
     PRECISION: tl.constexpr = TILES[3]
-    tl.static_assert(live_count_ptr is None or BLOCK_K == LIVE_TILE)
+    tl.static_assert(live is None or BLOCK_K == LIVE_TILE)
     num_rows = tl.load(num_rows_ptr)
     if OF_CLASSES:
         m_size, k_size = num_classes, num_rows
@@ -130,18 +130,18 @@ def tile_matmul_kernel(
         first_d = index % d_tiles * BLOCK_D
         m = first_m + tl.arange(0, BLOCK_M)
         d = first_d + tl.arange(0, BLOCK_D)
-        if live_count_ptr is None:
+        if live is None:
             steps = tl.cdiv(k_size, BLOCK_K)
         else:
-            live = live_columns_ptr + first_m // LIVE_TILE * most_live
-            steps = tl.load(live_count_ptr + first_m // LIVE_TILE)
+            live_columns = live.columns + first_m // LIVE_TILE * most_live
+            steps = tl.load(live.count + first_m // LIVE_TILE)
 
         total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
         for step in range(0, steps):
             first_k = step * BLOCK_K
-            if live_count_ptr is not None:
-                first_k = tl.load(live + step) * BLOCK_K
+            if live is not None:
+                first_k = tl.load(live_columns + step) * BLOCK_K
             k = first_k + tl.arange(0, BLOCK_K)
             # [BLOCK_M, BLOCK_K]
             if left_desc is not None:
@@ -185,16 +185,15 @@ def tile_matmul_kernel(
                 if OVERWRITE_FIRST:
                     before &= begin > 0
                 if compensation_ptr is not None:
-                    low = tl.load(compensation_ptr + place, mask=before, other=0.0)
-                    value += low.to(tl.float32) * (1 / COMPENSATION_SCALE)
+                    left_over = tl.load(compensation_ptr + place, mask=before, other=0.0)
+                    value += left_over.to(tl.float32) * (1 / COMPENSATION_SCALE)
                 value += tl.load(out_ptr + place, mask=before, other=0.0).to(tl.float32)
             rounded = value.to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + place, rounded, mask=inside)
             if compensation_ptr is not None:
-                low = (value - rounded.to(tl.float32)) * COMPENSATION_SCALE
-                tl.store(
-                    compensation_ptr + place, low.to(compensation_ptr.dtype.element_ty), mask=inside
-                )
+                left_over = (value - rounded.to(tl.float32)) * COMPENSATION_SCALE
+                left_over = left_over.to(compensation_ptr.dtype.element_ty)
+                tl.store(compensation_ptr + place, left_over, mask=inside)
 
 
 def _launch(
@@ -204,19 +203,18 @@ def _launch(
     live: LiveTiles | None,
     out: Tensor,
     tiles: Tiles,
-    *,
-    of_classes: bool,
-    scale: Tensor | None = None,
-    out_rows: Tensor | None = None,
+    to_classes: tuple[Tensor, Tensor | None] | None,
 ) -> None:
+    """Of dC ``to_classes`` is ``scale`` and ``out_rows``, of dH None."""
+    of_classes = to_classes is not None
+    scale, out_rows = to_classes or (None, None)
     left_block = (tiles.block_d, tiles.block_n) if of_classes else (tiles.block_n, tiles.block_d)
     tile_matmul_kernel[(num_programs(dz.device),)](
         dz,
         descriptor(dz, left_block, tiles),
         right,
         descriptor(right, (tiles.block_d, tiles.block_v), tiles),
-        None if live is None else live.count,
-        None if live is None else live.columns,
+        live,
         num_rows,
         scale,
         out_rows,
@@ -232,7 +230,6 @@ def _launch(
         OF_CLASSES=of_classes,
         ACCUMULATE=not of_classes,
         OVERWRITE_FIRST=False,
-        LIVE_TILE=TILE,
         TILES=tiles.constants,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
@@ -263,7 +260,7 @@ def d_classifier_of_chunk(
         scale: [1] float32.
         out_rows: [chunk] int64, or None for the first ``chunk`` rows in order.
     """
-    _launch(dz, hidden, num_rows, live, out, tiles, of_classes=True, scale=scale, out_rows=out_rows)
+    _launch(dz, hidden, num_rows, live, out, tiles, (scale, out_rows))
 
 
 def add_d_hidden_of_chunk(
@@ -285,4 +282,4 @@ def add_d_hidden_of_chunk(
         tiles: BLOCK_N tokens x BLOCK_V dimensions, in steps of BLOCK_D classes; of TILE where
             there is ``live``.
     """
-    _launch(dz, classifier, num_rows, live, out, tiles, of_classes=False)
+    _launch(dz, classifier, num_rows, live, out, tiles, None)

@@ -1,12 +1,11 @@
 """The list of tokens that take part, made on the device.
 
     count    R, the number of labels >= 0
-    rows     their positions, ascending; -1 from the R-th nonzero on
-    place    of each token, where it stands in ``rows``; -1 if it does not
+    rows     their positions, ascending; -1 in the places from R on
+    place    the place of each token in ``rows``; -1 if it has none
 
-Neither the host nor any launch depends on R: kernels read it from memory, and their grids are one
-program a multiprocessor whatever it is. So a token without a label costs nothing and the host never
-waits.
+Neither the host nor any launch depends on R: kernels read it from memory, and have one program per
+multiprocessor whatever it is. So a token without a label costs nothing, and the host never waits.
 
 One program walks over the labels; 8N bytes read, 8N written (about 10 us for 8192 tokens).
 """
@@ -36,11 +35,11 @@ def valid_rows_kernel(labels_ptr, count_ptr, rows_ptr, place_ptr, num_tokens, BL
     for start in range(0, num_tokens, BLOCK):
         tokens = start + tl.arange(0, BLOCK)  # [BLOCK]
         labels = tl.load(labels_ptr + tokens, mask=tokens < num_tokens, other=-1)
-        kept = (labels >= 0).to(tl.int32)
-        place = count + tl.cumsum(kept, 0) - 1
-        tl.store(rows_ptr + place, tokens, mask=kept > 0)
-        tl.store(place_ptr + tokens, tl.where(kept > 0, place, -1), mask=tokens < num_tokens)
-        count += tl.sum(kept, 0)
+        valid = (labels >= 0).to(tl.int32)
+        place = count + tl.cumsum(valid, 0) - 1
+        tl.store(rows_ptr + place, tokens, mask=valid > 0)
+        tl.store(place_ptr + tokens, tl.where(valid > 0, place, -1), mask=tokens < num_tokens)
+        count += tl.sum(valid, 0)
     tl.store(count_ptr, count)
     for start in range(count, num_tokens, BLOCK):
         places = start + tl.arange(0, BLOCK)
@@ -58,6 +57,6 @@ def list_valid_rows(labels: Tensor) -> ValidRows:
     def new(size: int) -> Tensor:
         return torch.empty(size, dtype=torch.int32, device=labels.device)
 
-    kept = ValidRows(new(1), new(len(labels)), new(len(labels)))
-    valid_rows_kernel[(1,)](labels, *kept, len(labels), BLOCK=4096, num_warps=8)
-    return kept
+    found = ValidRows(new(1), new(len(labels)), new(len(labels)))
+    valid_rows_kernel[(1,)](labels, *found, len(labels), BLOCK=4096, num_warps=8)
+    return found

@@ -1,10 +1,10 @@
 """The divergence of a student's head from its teacher's, and the student's gradients.
 
 One sweep over both heads (two for a mixture); then, by chunks of the vocabulary as in
-:mod:`.sweep`, the gradient of the student's logits and its two products. 2NV(D + E) flop a sweep
-and a gradient, D and E being both hidden sizes, and 4NVD for the products. Workspace: a copy of
-both hidden states; in the backward, as much of the gradient of the logits as ``workspace_limit()``
-allows, and dH in float32.
+:mod:`.sweep`, the gradient of the student's logits and its two products. 2NV(D + E) flop per sweep
+and as much for the gradient, D and E being both hidden sizes, and 4NVD for the products. Workspace:
+a copy of both hidden states; in the backward, as much of the gradient of the logits as
+``workspace_limit()`` allows, and dH in float32.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from crosscut.backends.protocol import (
 )
 from crosscut.backends.triton.chunks import chunk_width, new_workspace
 from crosscut.device.tiles import Kernel, choose_tiles
-from crosscut.kernels.divergence import Pair, divergence, divergence_gradient
+from crosscut.kernels.divergence import Pair, PairTokens, divergence, divergence_gradient
 from crosscut.kernels.indexed_matmul import indexed_matmul
 from crosscut.kernels.logits_tile import Head
 from crosscut.kernels.move_rows import move_rows
@@ -41,8 +41,9 @@ def compute_divergences(problem: DistillationProblem) -> Divergences:
     none = student.hidden.new_empty(0, dtype=torch.float32)
     if not len(student.labels):
         return Divergences(*(none.clone() for _ in Divergences._fields))
-    kept = valid_rows_of(student.labels)
-    found = divergence(_pair(problem, kept), kept, choose_tiles(Kernel.DIVERGENCE, student.hidden))
+    valid_rows = valid_rows_of(student.labels)
+    tiles = choose_tiles(Kernel.DIVERGENCE, student.hidden)
+    found = divergence(_pair(problem, valid_rows), valid_rows, tiles)
     target_logit = none.clone()
     if problem.temperature is not None:
         head = _head(student, student.hidden.contiguous())
@@ -71,14 +72,14 @@ def compute_student_gradients(
             None if value is None or not need else value.new_zeros(value.shape)
             for value, need in zip(inputs, needs, strict=True)
         ))  # fmt: skip
-    kept = valid_rows_of(head.labels)
-    pair, rows = _pair(problem, kept), kept.rows.clamp_min(0).long()
+    valid_rows = valid_rows_of(head.labels)
+    pair, rows = _pair(problem, valid_rows), valid_rows.rows.clamp_min(0).long()
     zeros = torch.zeros_like(found.divergence)
     hard = found.hard_lse if len(found.hard_lse) else zeros
     d_divergence, d_lse, d_target = (zeros if grad is None else grad for grad in cotangents)
     of_tokens = [found.student_lse, found.teacher_lse, found.center, d_divergence, hard, d_lse]
     vectors = torch.stack([*of_tokens, d_target], 1)[rows].float()  # [N, 7]
-    tokens = kept.count, head.labels[rows], vectors
+    tokens = PairTokens(valid_rows.count, head.labels[rows], vectors)
 
     gradient = choose_tiles(Kernel.DIVERGENCE_GRADIENT, head.hidden)
     matmul = choose_tiles(Kernel.MATMUL, head.hidden)
@@ -99,27 +100,27 @@ def compute_student_gradients(
         divergence_gradient(dz, pair, classes, tokens, gradient)
         if d_hidden is not None:
             chunk = head.classifier[classes]
-            add_d_hidden_of_chunk(d_hidden, dz, chunk, kept.count, None, matmul)
+            add_d_hidden_of_chunk(d_hidden, dz, chunk, valid_rows.count, None, matmul)
         if d_classifier is not None:
             d_classifier_of_chunk(
-                d_classifier[classes], dz, pair.student.hidden, kept.count, None, matmul,
+                d_classifier[classes], dz, pair.student.hidden, valid_rows.count, None, matmul,
                 scale=scale, out_rows=None,
             )  # fmt: skip
         if d_bias is not None:
             d_bias[classes] = dz.sum(0, dtype=torch.float32).to(d_bias)
     out = None
     if d_hidden is not None:
-        out = move_rows(head.hidden.new_empty(head.hidden.shape), d_hidden, kept.place, scale)
+        out = move_rows(head.hidden.new_empty(head.hidden.shape), d_hidden, valid_rows.place, scale)
     return Gradients(out, d_classifier, d_bias)
 
 
-def _pair(problem: DistillationProblem, kept: ValidRows) -> Pair:
-    """Both heads, with the hidden states of kept tokens side by side, then zeros."""
+def _pair(problem: DistillationProblem, valid_rows: ValidRows) -> Pair:
+    """Both heads, with the hidden states of valid tokens side by side, then zeros."""
 
     def together(side: HeadProblem) -> Head:
         num_tokens, hidden_size = side.hidden.shape
         hidden = side.hidden.new_zeros(math.ceil(num_tokens / TILE) * TILE, hidden_size)
-        move_rows(hidden[:num_tokens], side.hidden, kept.rows)
+        move_rows(hidden[:num_tokens], side.hidden, valid_rows.rows)
         return _head(side, hidden)
 
     return Pair(

@@ -47,7 +47,7 @@ def exact_gradients(
     weight = None if weight is None else weight.contiguous()
     for part in parts:
         dz = part.workspace(hidden.device, out.classifier)
-        exact_sweep(head, weight, tokens, outputs, dz, part.classes, scale, *tiles)
+        exact_sweep(head, weight, tokens, outputs, dz, part.classes, scale, tiles)
     if out.hidden is not None and d_hidden is not None and d_hidden is not out.hidden:
         out.hidden.copy_(d_hidden)
     if out.bias is not None and class_sum is not None:
