@@ -87,8 +87,11 @@ def is_nonzero_of(dz, size, is_own):
 @triton.jit
 def pair_products(
     HOT: tl.constexpr,
-    hidden,  # (hidden_ptr, hidden_desc)
-    head,  # (classifier_ptr, hot_head_ptr, hot_head_desc)
+    hidden_ptr,
+    hidden_desc,
+    classifier_ptr,
+    hot_head_ptr,
+    hot_head_desc,
     lists,  # (columns_ptr, hot_ptr) at the tile's first
     first_rank,
     first_row,
@@ -96,8 +99,6 @@ def pair_products(
     TILE: tl.constexpr,
 ):
     """The classes [SLOTS] of a tile, and their products with the tokens [SLOTS, BLOCK_N]."""
-    hidden_ptr, hidden_desc = hidden
-    classifier_ptr, hot_head_ptr, hot_head_desc = head
     columns_ptr, hot_ptr = lists
     hidden_size, stride_v, stride_d = sizes
     in_tile = tl.arange(0, TILE[1])
@@ -127,7 +128,7 @@ def store_gradient(
     first_row,
     tokens,  # (num_rows, own_ptr, vectors_ptr)
     logits,  # (logit_scale, softcap)
-    out,  # (dz_ptr, num_nonzeros_ptr, selected_mass_ptr, nonzero_mass_ptr, rest_ptr)
+    out,  # PairGradient
     nonzero,
     PARTS: tl.constexpr,
 ):
@@ -139,7 +140,6 @@ def store_gradient(
     BLOCK_N: tl.constexpr = product.shape[1]
     num_rows, own_ptr, vectors_ptr = tokens
     logit_scale, softcap = logits
-    dz_ptr, _, selected_mass_ptr, nonzero_mass_ptr, _ = out
     count = tl.zeros((SLOTS,), tl.int32)
     rest = tl.zeros((SLOTS,), tl.float32)
     for part in tl.static_range(PARTS):
@@ -163,16 +163,16 @@ def store_gradient(
             slope = slope_of(z, softcap)
             at_own *= slope
             p *= slope
-        dz = (factor * p + at_own).to(dz_ptr.dtype.element_ty)
+        dz = (factor * p + at_own).to(out.dz.dtype.element_ty)
         in_block = part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
         place = slots.to(tl.int64)[:, None] * BLOCK_N + in_block[None, :]
-        tl.store(dz_ptr + place, dz)
+        tl.store(out.dz + place, dz)
 
         sums = slot_tile * BLOCK_N + in_block
         selected = tl.sum(p, 0)
-        tl.store(selected_mass_ptr + sums, selected)
+        tl.store(out.selected_mass + sums, selected)
         if HOT:
-            tl.store(nonzero_mass_ptr + sums, selected)
+            tl.store(out.nonzero_mass + sums, selected)
         else:
             size = nonzero_size(vectors, valid, nonzero)[None, :]
             is_nonzero = is_nonzero_of(dz.to(tl.float32), size, is_own)
@@ -180,16 +180,19 @@ def store_gradient(
             others = tl.load(vectors + 5, mask=valid, other=0.0)
             share = tl.where(others > 0, 1 / others, 0.0)[None, :]
             rest += tl.sum(tl.where(is_nonzero, 0.0, p * share), 1)
-            tl.store(nonzero_mass_ptr + sums, tl.sum(tl.where(is_nonzero, p, 0.0), 0))
+            tl.store(out.nonzero_mass + sums, tl.sum(tl.where(is_nonzero, p, 0.0), 0))
     return count, rest
 
 
 @kernel
 def pair_gradient_kernel(
-    tokens,  # (num_rows_ptr, hidden_ptr, hidden_desc, own_ptr, vectors_ptr [N, 6])
-    head,  # (classifier_ptr, hot_head_ptr, hot_head_desc)
-    pairs,  # (columns_ptr, cell_start_ptr, hot_ptr, hot_count_ptr, threshold_ptr, column_mass_ptr)
-    out,  # (dz_ptr, num_nonzeros_ptr, selected_mass_ptr, nonzero_mass_ptr, rest_ptr)
+    tokens,  # Tokens, of 6 vectors
+    hidden_desc,
+    classifier_ptr,
+    hot_head_ptr,
+    hot_head_desc,
+    pairs,  # SelectedPairs
+    out,  # PairGradient
     num_blocks,
     cells,
     num_classes,
@@ -205,16 +208,13 @@ def pair_gradient_kernel(
     BLOCK_N: tl.constexpr = TILE[0]
     SLOTS: tl.constexpr = TILE[1]
     PARTS: tl.constexpr = 4 if SLOTS == 256 else 1  # a whole tile of 256 does not fit in registers
-    num_rows_ptr, hidden_ptr, hidden_desc, own_ptr, vectors_ptr = tokens
-    columns_ptr, cell_start_ptr, hot_ptr, hot_count_ptr, threshold_ptr, column_mass_ptr = pairs
-    _, num_nonzeros_ptr, _, _, rest_ptr = out
-    num_rows = tl.load(num_rows_ptr)
+    num_rows = tl.load(tokens.num_rows)
     blocks = tl.cdiv(tl.maximum(num_rows, 0), BLOCK_N)
-    num_hot = tl.load(hot_count_ptr)
+    num_hot = tl.load(pairs.hot_count)
     hot_tiles = tl.cdiv(num_hot, SLOTS)
     most_tiles = 0
     for block in range(blocks):
-        start = cell_start_ptr + block * (cells + 1)
+        start = pairs.cell_start + block * (cells + 1)
         num_pairs = tl.load(start + cells) - tl.load(start)
         most_tiles = tl.maximum(most_tiles, tl.cdiv(num_pairs, SLOTS))
 
@@ -236,7 +236,7 @@ def pair_gradient_kernel(
                 first_slot = 0
             else:
                 block = index % blocks
-                start = cell_start_ptr + block * (cells + 1)
+                start = pairs.cell_start + block * (cells + 1)
                 first_slot = tl.load(start) + index // blocks * SLOTS
                 end_slot = tl.load(start + cells)
                 slots = first_slot + tl.arange(0, SLOTS)  # [SLOTS]
@@ -245,22 +245,23 @@ def pair_gradient_kernel(
                 some = first_slot < end_slot
                 first_rank = 0
             if some:
-                lists = columns_ptr + first_slot, hot_ptr + first_rank
+                lists = pairs.columns + first_slot, pairs.hot + first_rank
                 classes, product = pair_products(
-                    HOT, (hidden_ptr, hidden_desc), head, lists, first_rank, block * BLOCK_N,
-                    (hidden_size, stride_v, stride_d), TILE,
+                    HOT, tokens.hidden, hidden_desc, classifier_ptr, hot_head_ptr, hot_head_desc,
+                    lists, first_rank, block * BLOCK_N, (hidden_size, stride_v, stride_d), TILE,
                 )  # fmt: skip
-                of_block = nonzero * tl.load(threshold_ptr + num_blocks + block)
+                of_block = nonzero * tl.load(pairs.threshold + num_blocks + block)
                 count, rest = store_gradient(
                     HOT, product, classes, slots, valid_slots, slot_tile, block * BLOCK_N,
-                    (num_rows, own_ptr, vectors_ptr), (logit_scale, softcap), out, of_block, PARTS,
+                    (num_rows, tokens.own, tokens.vectors), (logit_scale, softcap), out, of_block,
+                    PARTS,
                 )  # fmt: skip
                 if not HOT:
-                    tl.store(num_nonzeros_ptr + slots, count)
+                    tl.store(out.num_nonzeros + slots, count)
                     rest /= mass_unit
-                    tl.store(rest_ptr + slots, rest)
-                    mass = column_mass_ptr + block * tl.cast(num_classes, tl.int64) + classes
-                    rest = rest.to(column_mass_ptr.dtype.element_ty)
+                    tl.store(out.rest + slots, rest)
+                    mass = pairs.column_mass + block * tl.cast(num_classes, tl.int64) + classes
+                    rest = rest.to(pairs.column_mass.dtype.element_ty)
                     tl.store(mass, rest, mask=valid_slots)
 
 
@@ -302,27 +303,13 @@ def pair_gradient(
     found = PairGradient(*(workspace[name] for name in PairGradient._fields))
     hot_head = workspace["hot_head"]
     pair_gradient_kernel[(num_programs(pairs.columns.device),)](
-        (
-            tokens.num_rows,
-            tokens.hidden,
-            descriptor(tokens.hidden, (tiles.block_n, tiles.block_d), tiles),
-            tokens.own,
-            tokens.vectors,
-        ),
-        (
-            head.classifier,
-            hot_head,
-            descriptor(hot_head, (tiles.block_v, tiles.block_d), tiles),
-        ),
-        (
-            pairs.columns,
-            pairs.cell_start,
-            pairs.hot,
-            pairs.hot_count,
-            pairs.threshold,
-            pairs.column_mass,
-        ),
-        tuple(found),
+        tokens,
+        descriptor(tokens.hidden, (tiles.block_n, tiles.block_d), tiles),
+        head.classifier,
+        hot_head,
+        descriptor(hot_head, (tiles.block_v, tiles.block_d), tiles),
+        pairs,
+        found,
         len(pairs.column_mass),
         pairs.cell_start.shape[1] - 1,
         len(head.classifier),

@@ -1,64 +1,100 @@
-"""Algorithms 1 and 2 of the paper (arXiv:2411.09009), and what the column filter decides on."""
+"""Algorithms 1 and 2 of the paper (arXiv:2411.09009), and what the column filter decides on.
+
+In stages (:mod:`crosscut.backends.stages`): a probe, a sweep over the vocabulary, and the
+combination of its parts.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from crosscut.backends.column_filter import mass_unit
+from crosscut.backends.column_filter import block_tokens, mass_unit
 from crosscut.backends.protocol import HeadProblem, Statistics, own_labels
+from crosscut.backends.stages import Probe
 from crosscut.device.launch import like_or
 from crosscut.device.tiles import Kernel, choose_tiles
 from crosscut.kernels.flags import flagged_first
 from crosscut.kernels.indexed_matmul import indexed_matmul
-from crosscut.kernels.linear_lse import Columns, LinearLse, Own, Wanted, linear_lse
+from crosscut.kernels.linear_lse import Columns, Wanted, linear_lse, sweep_classes
 from crosscut.kernels.logits_tile import Head
 from crosscut.kernels.move_rows import move_rows
-from crosscut.kernels.valid_rows import valid_rows_of
+from crosscut.kernels.partial_statistics import LinearLse, Own, PartialStatistics, combine
+from crosscut.kernels.valid_rows import ValidRows, valid_rows_of
 
 MOST_PROBES = 2048
-"""Classes whose log-sum-exp is taken before the sweep: a lower bound of the whole one, near it. The
-labels of the batch come first, which have most of the softmax."""
+"""Probe classes: the labels of the batch come first, which have most of the softmax."""
 
 
-def compute_statistics(problem: HeadProblem, like: Statistics) -> Statistics:
-    """The statistics, shaped as ``like``; ``like.column_mass`` gets filled where it has rows."""
-    hidden, labels = problem.hidden.contiguous(), problem.labels.contiguous()
-    num_classes, options = len(problem.classifier), problem.options
-    bias, weight = (
-        None if vector is None else vector.contiguous()
-        for vector in (problem.bias, problem.logit_weight)
-    )
-    if labels.is_cuda:  # as PyTorch does it there: a deferred error, of the device
+def probe(problem: HeadProblem, *, bound: bool) -> Probe[ValidRows]:
+    """Target logits and, with ``bound``, the log-sum-exp of the probe classes as lower bound."""
+    labels, num_classes = problem.labels.contiguous(), len(problem.classifier)
+    if labels.is_cuda:  # as PyTorch does it there: a late error, of the device
         torch._assert_async((labels < num_classes).all())
-    head = Head(hidden, problem.classifier, bias, options.logit_scale, options.softcap)
-    kept = valid_rows_of(labels)
-    num_probes = min(MOST_PROBES, num_classes // 16) if len(like.column_mass) else 0
+    head = _head(problem)
+    rows = valid_rows_of(labels)
+    num_probes = min(MOST_PROBES, num_classes // 16) if bound else 0
     flags = None
     if num_probes:
         flags = torch.zeros(num_classes, dtype=torch.int8, device=labels.device)
     target_logit = indexed_matmul(head, labels, flags)
     own = _own(labels, target_logit)
-    wanted = Wanted(weight, problem.entropy, problem.ranks)
-    if not len(like.column_mass):
-        much = weight is not None or problem.ranks
-        tiles = choose_tiles(Kernel.WEIGHTED_LSE if much else Kernel.LSE, hidden)
-        found = linear_lse(head, kept, own, tiles, wanted)
-        return _filled(like, found, labels, own, target_logit)
-
+    lower_bound = None
     if flags is not None:
-        probes = flagged_first(flags, num_probes)
-        some = move_rows(hidden.new_empty(num_probes, hidden.shape[1]), problem.classifier, probes)
-        tiles = choose_tiles(Kernel.LSE, hidden)
-        probe_head = head._replace(classifier=some)
-        reference = linear_lse(probe_head, kept, own, tiles, Wanted(class_ids=probes)).others
+        classes = flagged_first(flags, num_probes)
+        some = move_rows(
+            head.hidden.new_empty(num_probes, head.hidden.shape[1]), head.classifier, classes
+        )
+        tiles, wanted = choose_tiles(Kernel.LSE, head.hidden), Wanted(class_ids=classes)
+        lower_bound = linear_lse(head._replace(classifier=some), rows, own, tiles, wanted).others
+    elif bound:
+        lower_bound = like_or(target_logit, lambda: torch.full_like(target_logit, -torch.inf))
+    return Probe(rows, target_logit, *own, lower_bound)
+
+
+def sweep(
+    problem: HeadProblem, probed: Probe[ValidRows], column_mass: Tensor | None
+) -> PartialStatistics:
+    """Statistics of parts of the vocabulary.
+
+    Fills ``column_mass`` [blocks, V], if it is given, but for SELECTED pairs.
+    """
+    weight = None if problem.logit_weight is None else problem.logit_weight.contiguous()
+    columns = None
+    if column_mass is None or probed.lower_bound is None:
+        much = weight is not None or problem.ranks
+        kernel = Kernel.WEIGHTED_LSE if much else Kernel.LSE
     else:
-        reference = like_or(target_logit, lambda: torch.full_like(target_logit, -torch.inf))
-    least = problem.ranks or (problem.entropy and options.softcap is not None)
-    tiles = choose_tiles(Kernel.WEIGHTED_LSE if least else Kernel.MASS_LSE, hidden)
-    columns = Columns(like.column_mass.zero_(), reference, mass_unit(num_classes))
-    found = linear_lse(head, kept, own, tiles, wanted, columns)
-    return _filled(like, found, labels, own, target_logit)
+        softcap = problem.options.softcap is not None
+        much = problem.ranks or (problem.entropy and softcap)
+        kernel = Kernel.WEIGHTED_LSE if much else Kernel.MASS_LSE
+        unit = mass_unit(len(problem.classifier))
+        columns = Columns(column_mass.zero_(), probed.lower_bound, unit)
+    tiles = choose_tiles(kernel, problem.hidden)
+    wanted = Wanted(weight, problem.entropy, problem.ranks)
+    own = Own(probed.own, probed.own_logit)
+    return sweep_classes(_head(problem), probed.rows, own, tiles, wanted, columns)
+
+
+def compute_statistics(problem: HeadProblem, like: Statistics) -> Statistics:
+    """The statistics, shaped as ``like``; ``like.column_mass`` gets filled where it has rows."""
+    column_mass = like.column_mass if len(like.column_mass) else None
+    probed = probe(problem, bound=column_mass is not None)
+    parts = sweep(problem, probed, column_mass)
+    own = Own(probed.own, probed.own_logit)
+    found = combine(parts, probed.rows, own, column_mass, block_n=block_tokens(problem))
+    return _filled(like, found, problem.labels, probed)
+
+
+def _head(problem: HeadProblem) -> Head:
+    bias, options = problem.bias, problem.options
+    return Head(
+        problem.hidden.contiguous(),
+        problem.classifier,
+        None if bias is None else bias.contiguous(),
+        options.logit_scale,
+        options.softcap,
+    )
 
 
 def _own(labels: Tensor, target_logit: Tensor) -> Own:
@@ -73,15 +109,15 @@ def _own(labels: Tensor, target_logit: Tensor) -> Own:
 
 
 def _filled(
-    like: Statistics, found: LinearLse, labels: Tensor, own: Own, target_logit: Tensor
+    like: Statistics, found: LinearLse, labels: Tensor, probed: Probe[ValidRows]
 ) -> Statistics:
     """The statistics, with what a sweep has found."""
     log_prob = found.log_prob
     if labels.dim() > 1:
-        log_prob = like_or(target_logit, lambda: _log_probs(found, labels, own, target_logit))
+        log_prob = like_or(probed.target_logit, lambda: _log_probs(found, labels, probed))
     vectors = {
         "lse": found.lse,
-        "target_logit": target_logit,
+        "target_logit": probed.target_logit,
         "log_prob": log_prob,
         "logit_sum": found.logit_sum,
         "entropy": found.entropy,
@@ -96,8 +132,8 @@ def _filled(
     return like._replace(argmax=argmax, target_rank=rank)
 
 
-def _log_probs(found: LinearLse, labels: Tensor, own: Own, target_logit: Tensor) -> Tensor:
-    """Of several targets a token, [N, K]. None but the own one has most of the softmax."""
-    of_others = (target_logit - found.lse[:, None]) - found.lse_low[:, None]
-    log_prob = torch.where(labels == own.classes[:, None], found.log_prob[:, None], of_others)
+def _log_probs(found: LinearLse, labels: Tensor, probed: Probe[ValidRows]) -> Tensor:
+    """Of several targets per token, [N, K]. None but the own one has most of the softmax."""
+    of_others = (probed.target_logit - found.lse[:, None]) - found.lse_low[:, None]
+    log_prob = torch.where(labels == probed.own[:, None], found.log_prob[:, None], of_others)
     return torch.where(labels >= 0, log_prob, 0)
