@@ -463,3 +463,36 @@ def test_no_home_and_odd_entries(monkeypatch: pytest.MonkeyPatch, cache: Path) -
     tuned._winners.cache_clear()
     monkeypatch.setattr(tuned, "cache_directory", no_home)
     assert tuned._winners(DEVICE) == {}
+
+
+KERNEL = """
+BLOCK = 4
+
+
+@kernel
+def double_kernel(x_ptr, SIZE: tl.constexpr):
+    at = x_ptr + tl.arange(0, SIZE)
+    tl.store(at, 2 * tl.load(at))
+
+
+def double(x):
+    double_kernel[(1,)](x, SIZE=BLOCK)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "counts"),
+    [
+        ("    at = x_ptr", "    # Where it is.\n    at = x_ptr", False),
+        ("    at = x_ptr", '    """Twice as much."""\n    at = x_ptr', False),
+        ("def double(x):", 'def double(x):\n    """Launch it."""', False),
+        ("2 * tl.load", "3 * tl.load", True),
+        ("BLOCK = 4", "BLOCK = 8", True),
+    ],
+    ids=["comment", "docstring", "launcher", "code", "constant"],
+)
+def test_tiles_are_of_what_is_compiled(before, after, counts):
+    """They are forgotten when the code of a kernel changes, and not for a comment."""
+    changed = KERNEL.replace(before, after)
+    assert changed != KERNEL
+    assert (tuned.compiled_code(changed) != tuned.compiled_code(KERNEL)) == counts

@@ -286,7 +286,7 @@ def gradient_sparsity(
     """
     scale = number_of_scale(logit_scale)
     options = HeadOptions(softcap=softcap, logit_scale=scale, policy=policy, backend=backend)
-    if policy.startswith("cce"):
+    if options.paper_filter is not None:
         raise ValueError(f"policy must be 'auto', 'filtered' or 'exact' here, got {policy!r}")
     problem = head_problem(
         (input, linear_weight, target, linear_bias),

@@ -23,7 +23,7 @@ import crosscut
 from crosscut.bench import BenchError
 from crosscut.bench.results import package_version
 from crosscut.bench.workloads import Workload
-from crosscut.options import GradientPolicy
+from crosscut.options import PAPER_FILTERS, GradientPolicy
 
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -139,7 +139,7 @@ def _crosscut(policy: GradientPolicy) -> Contender:
         return loss
 
     def in_reserve(device: str, dtype: str) -> str | None:
-        if policy.startswith("cce"):
+        if policy in PAPER_FILTERS:
             return "the paper's tile filter, for comparison"
         if device == "cuda":
             return "runs in plain PyTorch on a GPU" if policy == "filtered" else None
@@ -151,7 +151,7 @@ def _crosscut(policy: GradientPolicy) -> Contender:
         name=f"crosscut-{policy}",
         what=what.get(policy, f"the paper's gradient filter, {policy}"),
         grade={"filtered": Grade.LOW_PRECISION}.get(
-            policy, Grade.LOSSY if policy.startswith("cce") else Grade.STANDARD
+            policy, Grade.LOSSY if policy in PAPER_FILTERS else Grade.STANDARD
         ),
         build=build,
         in_reserve=in_reserve,
