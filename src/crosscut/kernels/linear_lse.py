@@ -341,7 +341,6 @@ def linear_lse_kernel(
     group, my_slice, slices, first_tile, last_tile, first, last = share_of(
         program, programs, token_tiles, class_tiles, most_tiles
     )
-    tl.store(parts.count, slices, mask=program == 0)
 
     # First the tiles that TMA loads, then those with a gap: in two passes, for under a condition
     # the assembler makes matrix products wait for each other.
@@ -374,6 +373,7 @@ def linear_lse_kernel(
                 for field in tl.static_range(8):
                     if parts[field + 1] is not None:  # after the count
                         tl.store(parts[field + 1] + place, found[field], mask=valid)
+    tl.store(parts.count, slices, mask=program == 0)
 
 
 def most_parts(num_tokens: int, programs: int, most_tiles: int, tiles: Tiles) -> int:
