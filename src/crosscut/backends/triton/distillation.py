@@ -1,9 +1,9 @@
 """The divergence of a student's head from its teacher's, and the student's gradients.
 
 One sweep over both heads (two for a mixture); then, by chunks of the vocabulary as in
-:mod:`.sweep`, the gradient of the student's logits and its two products. 2NV(D + E) flop per sweep
-and as much for the gradient, D and E being both hidden sizes, and 4NVD for the products. Workspace:
-a copy of both hidden states; in the backward, as much of the gradient of the logits as
+:mod:`.chunked`, the gradient of the student's logits and its two products. 2NV(D + E) flop per
+sweep and as much for the gradient, D and E being both hidden sizes, and 4NVD for the products.
+Workspace: a copy of both hidden states; in the backward, as much of the gradient of the logits as
 ``workspace_limit()`` allows, and dH in float32.
 """
 
