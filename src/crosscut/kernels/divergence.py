@@ -1,8 +1,8 @@
 """The divergence of a student's softmax from its teacher's, and its gradient; no stored logits.
 
-With z and t the logits of student and teacher, p and q their softmax, b = ``beta`` (the share of q,
-1 - b that of p: each comes from the host, for float32 cannot subtract so near 1) and
-``m = b q + (1 - b) p``, one sweep over both heads finds their log-sum-exps and
+With z and t the logits of student and teacher, p and q their softmax, and the mixture
+``m = b q + (1 - b) p`` of shares b and 1 - b (both come from the host, because float32 loses digits
+in 1 - b), one sweep over both heads finds their log-sum-exps and
 
     gap[n] = sum_v q (t - z)      forward divergence:  KL(q|p) = gap - lse_t + lse_z
              sum_v p (z - t)      reverse divergence:  KL(p|q) = gap - lse_z + lse_t
@@ -11,7 +11,7 @@ with both logits relative to their own maximum, in the gap and in the log-sum-ex
 not change with a constant that is added to all of its logits.
 
 A mixture needs both log-sum-exps first, and a second sweep. The gradient of the logits z, with
-``center`` the mean under p of what stands beside p, is
+``center`` the mean under p of the log ratio beside p, is
 
     forward    p - q                     reverse   p (log p - log q - center)
     mixture    (1 - b) p (log p - log m) - p center
@@ -19,11 +19,10 @@ A mixture needs both log-sum-exps first, and a second sweep. The gradient of the
 times the divergence's cotangent; a hard loss, of the logits ``temperature * z``, adds that of a
 cross-entropy. It is stored by chunks of classes, as in :mod:`.softmax_gradient`.
 
-**Who owns what.** In a sweep, what :mod:`.linear_lse` owns, whose slices these are: a token tile
-and a slice of the vocabulary, walked in step with the others of the slice. Two products of a tile
-are in registers at once. In the gradient, what :mod:`.softmax_gradient` owns. Tokens are those that
-take part, side by side, then zeros. Plain stores, slices combined in order: reruns are bitwise
-equal.
+**Who owns what.** In a sweep a program owns a token tile and a slice of the vocabulary, as in
+:mod:`.linear_lse`, and has the products of both heads in registers at once. In the gradient it owns
+tiles as in :mod:`.softmax_gradient`. Tokens are those that take part, side by side, then zeros.
+Stores are plain, and slices are combined in order: reruns are bitwise equal.
 
 **Cost.** 2NV(D + E) flop per sweep, and as much for the gradient, D and E being both hidden sizes.
 Workspace: 28 bytes per token and slice.

@@ -6,12 +6,14 @@ The vocabulary is taken in chunks. For each, as in :mod:`.softmax_gradient` and 
     dH       += scale * dz C[chunk]                           phase 2 i + 1
     dC[chunk] = scale * dz^T H                                phase 2 i + 1
 
-**Who owns what.** What those kernels own, which do the work. One program per multiprocessor,
-launched together: between two phases all programs wait for each other, so that ``dz`` is complete
-before anyone multiplies it, and multiplied before anyone overwrites it. That is the only thing
-programs wait for; sums are in one order, and reruns are bitwise equal. One launch, where each chunk
-had three, because the host's time for a launch is more than a small chunk takes, and next to
-nothing where the device finds that there is nothing to do.
+**Who owns what.** The kernels of those modules do the work, and their programs own what they own
+there. One program per multiprocessor is launched, all together: between two phases they wait for
+each other, so that ``dz`` is complete before any of them multiplies it, and multiplied before any
+of them overwrites it. They wait for nothing else; sums are in one order, and reruns are bitwise
+equal.
+
+**One launch** replaces three per chunk, because a launch takes the host longer than a small chunk
+takes the GPU, and the device may find that there is nothing to do.
 
 **Cost.** 6NVD flop, 2 bytes written and 4 read per token and class. Workspace: ``dz`` of a chunk,
 and the compensation of dH, what rounding leaves of it.
@@ -35,7 +37,7 @@ from crosscut.kernels.tile_matmul import tile_matmul_kernel
 
 @triton.jit
 def wait_for_all(arrived_ptr, count, FENCE: tl.constexpr):
-    """Go on when ``count`` programs have come here, all told; see what they wrote before."""
+    """Wait until programs have come here ``count`` times in all; then see what they wrote."""
     if FENCE:  # TMA reads what ordinary stores wrote
         tl.inline_asm_elementwise(
             "fence.proxy.async; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1

@@ -36,7 +36,7 @@ from crosscut.kernels.valid_rows import ValidRows
 
 @triton.jit
 def cotangents_of(ptr, rows, stride):
-    """Of some tokens, [BLOCK_N]; 0 past the last, and where the pointer is None."""
+    """The cotangents of some rows, [BLOCK_N]; 0 at row -1, and where the pointer is None."""
     if ptr is None:
         return tl.zeros((rows.shape[0],), tl.float32)
     else:

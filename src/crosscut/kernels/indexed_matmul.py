@@ -9,8 +9,8 @@ BLOCK_N (i + 1) and walks over D:
     C[y] [BLOCK_N, D]  ->->->      sum of products   [BLOCK_N]
 
 2NKD flop, two rows read per label, 4NK bytes written, no workspace. Products and sums in float32. A
-label outside of [0, V) gets 0: one that is ignored, or a class of another vocabulary shard. Which
-classes are labels is noted on the way, where asked for.
+label outside of [0, V) gets 0: one that is ignored, or a class of another vocabulary shard. Where
+asked for, the classes that are labels are flagged on the way.
 """
 
 from __future__ import annotations

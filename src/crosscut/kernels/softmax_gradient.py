@@ -5,11 +5,11 @@ classes of one chunk,
 
     dz[n, v] = (factor[n] p[n, v] + d_sum[n] logit_weight[v]) * slope[n, v]
 
-with ``d_own[n]`` in place of the first term at the token's own class, whose p is not made again;
-``slope = 1 - (z / softcap)^2``. A cotangent of the entropy adds ``-d_entropy log p`` to the factor;
-other targets of the token add their ``d_targets`` one after the other. It is stored in the dtype of
-H: what the matmuls ``dH += dz C`` and ``dC = dz^T H`` want. The chunk's logits are made again in
-registers.
+with ``d_own[n]`` in place of the first term at the token's own class, where p is not computed
+again; ``slope = 1 - (z / softcap)^2``. A cotangent of the entropy adds ``-d_entropy log p`` to the
+factor; other targets of the token add their ``d_targets`` one after the other. ``dz`` is stored in
+the dtype of H, for the matmuls ``dH += dz C`` and ``dC = dz^T H``. The chunk's logits are computed
+again, in registers.
 
 **Filter** (section 4.3). Where asked for, tiles of BLOCK_N tokens x FILTER_V classes in which every
 ``|p - onehot|`` is below EPSILON are marked dead; with BLOCK_N = 128 they are the paper's.

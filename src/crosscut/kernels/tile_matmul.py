@@ -1,4 +1,4 @@
-"""The two products of Algorithm 3 of the paper (arXiv:2411.09009), over the tiles worth it.
+"""The two products of Algorithm 3 of the paper (arXiv:2411.09009), over all tiles or live ones.
 
 With ``dz`` [R, chunk] the gradient of a chunk of logits,
 
@@ -26,9 +26,9 @@ a tile, and sums are in one order: reruns are bitwise equal.
 **Cost.** 2MKD flop, less what is not listed. No workspace.
 
 **Numerics.** Operands in their own dtype, sums in float32. Tokens past the last one are zeros in L.
-A dH that is added to chunk by chunk may be two numbers of two bytes: what it is when rounded, and
-COMPENSATION_SCALE times what the rounding left, which together are as good as 16 bits and more. It
-is complete in place, in no more memory than float32.
+A dH that is summed chunk by chunk may be two numbers of two bytes: its rounded value, and its
+compensation, COMPENSATION_SCALE times what rounding left. Together they have 16 bits and more, in
+no more memory than float32, and in the end the rounded value is complete in place.
 """
 
 from __future__ import annotations
