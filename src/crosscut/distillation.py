@@ -151,8 +151,7 @@ def linear_kl_div(
         raise out_of_range(student, labels, ignore_index, shift) from None
     loss = found.divergence
     if hard_weight:
-        hard = (found.hard_lse - found.target_logit).clamp_min(0)  # two roundings
-        loss = (1 - hard_weight) * loss + hard_weight * hard
+        loss = (1 - hard_weight) * loss + hard_weight * found.hard_loss
     if token_weight is not None:
         loss = loss * token_weight
     if reduction == "none":
@@ -261,8 +260,8 @@ def _with_tail(q: Tensor, rest: Tensor, logits: Tensor, kept: Tensor) -> Tensor:
 
     Args:
         q: the teacher's probabilities [N, K], 0 where not kept.
-        rest: log-sum-exp of the logits of all other classes [N].
-        logits: of the k [N, K].
+        rest: log-sum-exp of the logits of all other classes [N], less the highest of the k.
+        logits: of the k [N, K], less the highest.
         kept: which of the k count [N, K].
     """
     counts = kept.any(-1)

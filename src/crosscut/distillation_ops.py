@@ -33,7 +33,7 @@ def _divergences(problem: DistillationProblem) -> Divergences:
 def _divergences_like(problem: DistillationProblem) -> Divergences:
     per_token = problem.student.labels.shape
     hard = 0 if problem.temperature is None else per_token
-    shapes = (per_token, hard, hard, per_token, per_token, per_token)
+    shapes = (per_token, hard, hard, per_token, per_token, (2, *per_token), per_token)
     dtype = problem.student.statistics_dtype
     new = problem.student.hidden.new_empty
     return Divergences(*(new(shape, dtype=dtype) for shape in shapes))
@@ -45,10 +45,9 @@ def _student_gradients(
     cotangents: DivergenceCotangents,
     needs: Needs,
 ) -> Gradients:
-    d_divergence, *hard = _zeros_for_none(cotangents, found)
-    if problem.temperature is None:
-        hard = None, None
-    given = DivergenceCotangents(d_divergence, *hard)
+    d_divergence, d_hard_loss = _zeros_for_none(cotangents, found)
+    hard = None if problem.temperature is None else d_hard_loss
+    given = DivergenceCotangents(d_divergence, hard)
     return choose_for_distillation(problem).student_gradients(problem, found, given, needs)
 
 
@@ -66,11 +65,15 @@ divergences = DifferentiableOperator(
 
 
 class Rest(NamedTuple):
-    """What all classes come to that are no label of a token, and its labels alone."""
+    """What all classes come to that are no label of a token, and its labels alone.
 
-    lse: Tensor  # [N], of the logits of the former; 0 at rows that take no part
+    Less the highest logit of the token's labels, so that differences keep their digits; 0 at rows
+    that are not valid.
+    """
+
+    lse: Tensor  # [N], of the logits of the former
     target_logit: Tensor  # [N, K]
-    lse_low: Tensor  # [N], what lse lost where it was rounded, for the backward
+    whole_lse: Tensor  # [2, N], lse itself, and what it lost where it was rounded: for the backward
 
 
 class RestCotangents(NamedTuple):
@@ -99,16 +102,15 @@ def rest(problem: HeadProblem) -> Rest:
 
 def _rest_like(problem: HeadProblem) -> Rest:
     labels, dtype = problem.labels, problem.statistics_dtype
-    shapes = labels.shape[:1], labels.shape, labels.shape[:1]
+    shapes = labels.shape[:1], labels.shape, (2, len(labels))
     return Rest(*(problem.hidden.new_empty(shape, dtype=dtype) for shape in shapes))
 
 
 def _rest_gradients(
     problem: HeadProblem, found: Rest, cotangents: RestCotangents, needs: Needs
 ) -> Gradients:
-    lse = found.lse, found.lse_low
     d_lse, d_target_logit = _zeros_for_none(cotangents, found)
-    return compute_rest_gradients(problem, lse, (d_lse, d_target_logit), needs)
+    return compute_rest_gradients(problem, found.whole_lse, (d_lse, d_target_logit), needs)
 
 
 _rest = DifferentiableOperator(

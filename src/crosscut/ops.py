@@ -29,6 +29,8 @@ def _like(call: _Call) -> Statistics:
 
 
 def _backward(call: _Call, found: Statistics, cotangents: Cotangents, needs: Needs) -> Gradients:
+    if len(call.problem.classifier) == 1:  # whose log-probability is 0, whatever its logit
+        cotangents = cotangents._replace(logit_sum=None)
     return choose(call.problem).backward(call.problem, found, cotangents, needs)
 
 

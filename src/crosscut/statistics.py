@@ -50,7 +50,7 @@ class TokenStatistics:
 
 def cross_entropy(
     statistics: TokenStatistics,
-    logit_mean: Tensor | None,
+    mean_log_prob: Tensor | None,
     labels: Tensor,
     weight: Tensor | None,
     options: LossOptions,
@@ -63,7 +63,8 @@ def cross_entropy(
 
     Args:
         statistics: [N] vectors.
-        logit_mean: [N], ``1 / V * sum_v w_v * z_v``; needed where ``label_smoothing`` is not 0.
+        mean_log_prob: [N], ``1 / V * sum_v w_v * (z_v - lse)``; needed where ``label_smoothing`` is
+            not 0.
         labels: [N], a class or ``IGNORED``.
         weight: [V] class weights, or None.
         options: the loss's options.
@@ -72,9 +73,8 @@ def cross_entropy(
     loss = -statistics.log_prob
     if weight is not None:
         loss = loss * weight[labels.clamp_min(0)]
-    if logit_mean is not None:
-        weight_mean = 1.0 if weight is None else weight.mean()
-        loss = (1 - smoothing) * loss + smoothing * (statistics.lse * weight_mean - logit_mean)
+    if mean_log_prob is not None:
+        loss = (1 - smoothing) * loss - smoothing * mean_log_prob
     if options.z_loss:
         loss = loss + options.z_loss * statistics.lse**2
     return loss

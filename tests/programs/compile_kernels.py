@@ -386,7 +386,7 @@ def distil(
     )
     found = compute_divergences(pair)
     hard = None if temperature is None else found.hard_lse
-    cotangents = DivergenceCotangents(found.divergence, hard, hard)
+    cotangents = DivergenceCotangents(found.divergence, hard)
     compute_student_gradients(pair, found, cotangents, Needs(True, True, student.bias is not None))
 
 

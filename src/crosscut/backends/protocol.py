@@ -25,7 +25,8 @@ class HeadProblem:
         bias: [V] of the same dtype or that of the statistics, or None.
         labels: [N] int64; a class, or -1 for a row that takes no part. Or [N, K], K targets a
             token, each of them a class or -1: a row of nothing but -1 takes no part.
-        logit_weight: [V], the weights of the logit sum; None if no one wants it.
+        logit_weight: [V], the weights of the logit sum, in the dtype of the statistics; None if no
+            one wants it.
         options: how the logits are made and the gradient may be computed.
         entropy: whether the entropy is wanted.
         ranks: whether argmax and target_rank are wanted; only for labels [N].
@@ -77,10 +78,11 @@ class Divergences(NamedTuple):
     """What a student's forward returns, [N] each, 0 at rows that take no part."""
 
     divergence: Tensor
-    hard_lse: Tensor  # of the logits of the hard loss; [0] without one
-    target_logit: Tensor  # among them; [0] without a hard loss
+    hard_loss: Tensor  # cross-entropy of the logits times the temperature; [0] if no one wants it
+    hard_lse: Tensor  # of those logits, less the temperature times student_lse; [0] likewise
     student_lse: Tensor  # at the temperature of the divergence
     teacher_lse: Tensor
+    lse_low: Tensor  # [2, N], what the two lost where they were rounded
     center: Tensor  # what the divergence's slope has for mean under the student
 
 
@@ -88,8 +90,7 @@ class DivergenceCotangents(NamedTuple):
     """Gradients of what a student's forward returns, [N] each; None: it has none."""
 
     divergence: Tensor
-    hard_lse: Tensor | None
-    target_logit: Tensor | None
+    hard_loss: Tensor | None
 
 
 class Statistics(NamedTuple):
@@ -116,7 +117,7 @@ class Statistics(NamedTuple):
     lse: Tensor  # [N]
     target_logit: Tensor  # [N], or [N, K]: the shape of the labels
     log_prob: Tensor  # of the targets, the shape of the labels; at most 0
-    logit_sum: Tensor  # [N], or [0] without logit_weight
+    logit_sum: Tensor  # [N], sum_v w[v] (z[n, v] - lse[n]); or [0] without logit_weight
     entropy: Tensor  # [N] or [0]
     argmax: Tensor  # [N] or [0], int64
     target_rank: Tensor  # [N] or [0], int64
@@ -135,7 +136,7 @@ class Cotangents(NamedTuple):
     They come together in the gradient of the logits, with ``w`` the logit weight:
 
         dz = p (lse - sum log_prob - entropy (H + log p))
-             + (target_logit + log_prob) onehot + logit_sum w
+             + (target_logit + log_prob) onehot + logit_sum (w - p sum w)
 
     ``log p = z - lse`` and H the entropy itself: ``p (a + b z)`` with two numbers a token.
     """
@@ -196,6 +197,8 @@ def row_cotangents(
         return torch.where(labels >= 0, cotangent.view(labels.shape), 0)
 
     d_lse = zeros if cotangents.lse is None else cotangents.lse
+    if cotangents.logit_sum is not None and problem.logit_weight is not None:
+        d_lse = d_lse - cotangents.logit_sum * problem.logit_weight.sum()
     d_target, d_log_prob = of_targets(cotangents.target_logit), of_targets(cotangents.log_prob)
     is_own = labels == own[:, None]
     log_prob = own_log_prob(problem.labels, own, statistics.log_prob)

@@ -57,6 +57,8 @@ class LogitForm:
         compute_dtype: of the matmul, where autocast chose it; the tensors are cast to it when
             they are used.
         log_factor: None for logits; otherwise these are ``log_factor * log_softmax(logits)``.
+        bias_scale: factor of the bias. Multiplied at once, it would round a bias that a softcap
+            first divides and then multiplies by the same number.
         policy: how much of the softmax a gradient computes.
         backend: what computes the losses.
     """
@@ -68,6 +70,7 @@ class LogitForm:
     dtype: torch.dtype
     compute_dtype: torch.dtype
     log_factor: float | None = None
+    bias_scale: float = 1.0
     policy: str = "auto"
     backend: str = "auto"
 
@@ -118,9 +121,14 @@ class LogitForm:
         if self.log_factor is not None:
             return replace(self, log_factor=self.log_factor * factor)
         terms = tuple(Term(t.hidden, t.classifier, t.scale * factor) for t in self.terms)
-        bias = self.bias if self.bias is None or factor == 1 else self.bias * factor
         cap = None if self.cap is None else self.cap * abs(factor)
-        return replace(self, terms=terms, bias=bias, cap=cap)
+        return replace(self, terms=terms, bias_scale=self.bias_scale * factor, cap=cap)
+
+    def scaled_bias(self) -> Tensor | None:
+        """The bias times its factor."""
+        if self.bias is None or self.bias_scale == 1:
+            return self.bias
+        return self.bias * self.bias_scale
 
     def dense(self) -> Tensor:
         """Compute them, differentiably."""
@@ -213,7 +221,8 @@ class LogitForm:
         ]
         hidden = [x.to(dtype) for x in hidden]
         classifiers = [t.classifier.to(dtype) for t in self.terms]
-        bias = None if self.bias is None else self.bias.to(dtype)
+        bias = self.scaled_bias()
+        bias = None if bias is None else bias.to(dtype)
         if len(self.terms) == 1:
             return scale, hidden[0], classifiers[0], bias
         return scale, torch.cat(hidden, -1), torch.cat(classifiers, -1), bias
@@ -426,9 +435,9 @@ def _add(form: LogitForm, other: Any, *, alpha: Any = 1) -> Any:
     place = other.dim() - (form.ndim - form.vdim)  # of the vocabulary, in the bias
     if place < 0 or other.shape[place] != form.num_classes or other.numel() != form.num_classes:
         return NotImplemented
-    bias = other.reshape(-1)
+    own, bias = form.scaled_bias(), other.reshape(-1)
     dtype = torch.promote_types(form.dtype, other.dtype)
-    return replace(form, bias=bias if form.bias is None else form.bias + bias, dtype=dtype)
+    return replace(form, bias=bias if own is None else own + bias, bias_scale=1.0, dtype=dtype)
 
 
 def _add_form(form: LogitForm, other: LogitForm) -> Any:
@@ -438,11 +447,12 @@ def _add_form(form: LogitForm, other: LogitForm) -> Any:
         return NotImplemented
     if form.compute_dtype != other.compute_dtype:
         return NotImplemented
-    biases = [x for x in (form.bias, other.bias) if x is not None]
+    biases = [x for x in (form.scaled_bias(), other.scaled_bias()) if x is not None]
     return replace(
         form,
         terms=(*form.terms, *other.terms),
         bias=sum(biases[1:], biases[0]) if biases else None,
+        bias_scale=1.0,
         dtype=torch.promote_types(form.dtype, other.dtype),
     )
 

@@ -166,7 +166,8 @@ def _mean_logits(problem: HeadProblem) -> Tensor:
     if problem.options.softcap is not None:
         weight = problem.classifier.new_full((num_classes,), 1 / num_classes, dtype=dtype)
         weighted = replace(problem, logit_weight=weight)
-        return ops.token_statistics(weighted, for_backward=False).logit_sum
+        found = ops.token_statistics(weighted, for_backward=False)
+        return found.lse + found.logit_sum
     row = problem.classifier.mean(0, dtype=dtype)
     with torch.autocast(row.device.type, enabled=False):
         logits = problem.options.logit_scale * (problem.hidden.to(dtype) @ row)

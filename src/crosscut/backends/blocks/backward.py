@@ -41,6 +41,7 @@ from torch import Tensor
 from crosscut.backends.blocks.forward import BLOCK_N, KEPT
 from crosscut.backends.blocks.logits import (
     LogitBlocks,
+    Survey,
     as_matrix,
     find_labels,
     softmax_gradient,
@@ -87,7 +88,7 @@ class _Tokens:
     dz_label: Tensor  # [P] dz at the label, once its class was visited
     lse: Tensor
     lse_low: Tensor
-    others: Tensor  # log-sum-exp of all classes but the token's own
+    center: Tensor | None  # the dot product at which a dense sweep in low precision rounds least
     factor: Tensor
     d_entropy: Tensor | None
     d_sum: Tensor | None
@@ -106,13 +107,12 @@ class _Tokens:
 
 
 def _group(
-    problem: HeadProblem, statistics: Statistics, cotangents: Cotangents, *, dense_is_full: bool
+    problem: HeadProblem, statistics: Statistics, cotangents: Cotangents, logits: LogitBlocks
 ) -> list[_Tokens]:
-    """The tokens that take part: one group a block with a tail, and the others together.
-
-    ``dense_is_full`` says that the dense sweep is in full precision and no class gains by being
-    kept out of it.
-    """
+    """The tokens that take part: one group a block with a tail, and the others together."""
+    # Where the dense sweep is in full precision, no class gains by being kept out of it.
+    dense_is_full = logits.fast == logits.dtype
+    survey = None if dense_is_full else Survey(logits, problem)
 
     def kept(labels: Tensor, column_mass: Tensor | None) -> Tensor:
         if column_mass is not None:
@@ -133,10 +133,21 @@ def _group(
         is_own = labels == own[rows][owners]
         lse, rest = statistics.lse[rows], -log_prob[rows].expm1()
         sparse = column_mass is not None
+        hidden, center = take_rows(problem.hidden, rows), None
+        if survey is not None and not sparse:
+            others = torch.where(rest > 0, lse + rest.log(), lse)
+            parts = list(_parts(len(rows)))
+            seen = [survey.look(hidden[part], own[rows[part]]) for part in parts]
+            center = torch.cat(
+                [
+                    survey.center(*of_part)
+                    for of_part in zip(seen, others.split(BLOCK_N), strict=True)
+                ]
+            )
         d_entropy, d_sum = cotangents.entropy, cotangents.logit_sum
         return _Tokens(
             rows=rows,
-            hidden=take_rows(problem.hidden, rows),
+            hidden=hidden,
             labels=labels,
             owners=owners,
             is_own=is_own,
@@ -144,7 +155,7 @@ def _group(
             dz_label=torch.zeros_like(d_target),
             lse=lse,
             lse_low=statistics.lse_low[rows],
-            others=torch.where(rest > 0, lse + rest.log(), lse),
+            center=center,
             factor=of_rows.factor[rows],
             d_entropy=None if d_entropy is None else d_entropy[rows],
             d_sum=None if d_sum is None else d_sum[rows],
@@ -177,8 +188,7 @@ class _Sweep:
         self.needs = needs
         self.logits = LogitBlocks(problem)
         self.logits.expect(statistics.lse)
-        full = self.logits.fast == self.logits.dtype
-        self.groups = _group(problem, statistics, cotangents, dense_is_full=full)
+        self.groups = _group(problem, statistics, cotangents, self.logits)
         self.low_rank = _LowRank(problem, self.groups, statistics.lse)
         classifier, bias = problem.classifier, problem.bias
         largest = max([classifier.shape[1], *(len(tokens.rows) for tokens in self.groups)])
@@ -276,8 +286,10 @@ class _Sweep:
         problem, logits = self.problem, self.logits
         lse = tokens.lse[part]
         bias = None if problem.bias is None else problem.bias[classes]
-        finest = tokens.others[part] if hidden.dtype != logits.dtype else None
-        dz, slope = logits.sloped_block(classifier, bias, hidden, lse, finest)
+        center = logits.center_at(lse, hidden.dtype)
+        if hidden.dtype != logits.dtype and tokens.center is not None:
+            center = tokens.center[part]
+        dz, slope = logits.sloped_block(classifier, bias, hidden, lse, center)
         dz.sub_(tokens.lse_low[part])
         d_entropy = None if tokens.d_entropy is None else tokens.d_entropy[part]
         dz = softmax_gradient(dz, tokens.factor[part], d_entropy)

@@ -42,6 +42,8 @@ from torch import Tensor
 from crosscut.backends.blocks.logits import (
     NEGLIGIBLE,
     LogitBlocks,
+    LogSum,
+    Survey,
     as_matrix,
     find_labels,
     take_rows,
@@ -85,6 +87,7 @@ def compute_statistics(problem: HeadProblem, *, filter_columns: bool) -> Statist
     rows = problem.rows
     sweep = _Sweep(problem, rows, filter_columns=filter_columns)
     if len(rows):
+        sweep.take_survey()
         sweep.visit_scouts()
         for start in range(0, sweep.num_classes, BLOCK_V):
             sweep.visit(start)
@@ -94,20 +97,21 @@ def compute_statistics(problem: HeadProblem, *, filter_columns: bool) -> Statist
         return values.new_zeros(shape).index_copy_(0, rows, values)
 
     def none() -> Tensor:
-        return sweep.others.new_empty(0, dtype=dtype)
+        return sweep.gap.new_empty(0, dtype=dtype)
 
     dtype = problem.statistics_dtype
-    wide_lse, lse_low, log_prob = sweep.finish()
-    lse = wide_lse.to(dtype)
+    lse, lse_low = sweep.lse().rounded(dtype)
     return Statistics(
         lse=scatter(lse),
         target_logit=scatter(sweep.target_logit.to(dtype).view(-1, *problem.labels.shape[1:])),
-        log_prob=scatter(log_prob.to(dtype).view(-1, *problem.labels.shape[1:])),
-        logit_sum=none() if problem.logit_weight is None else scatter(sweep.finish_logit_sum()),
+        log_prob=scatter(sweep.finish_log_prob().to(dtype).view(-1, *problem.labels.shape[1:])),
+        logit_sum=none()
+        if problem.logit_weight is None
+        else scatter(sweep.finish_logit_sum().to(dtype)),
         entropy=scatter(sweep.finish_entropy().to(dtype)) if problem.entropy else none(),
         argmax=scatter(sweep.finish_argmax()) if problem.ranks else rows[:0].clone(),
         target_rank=scatter(sweep.target_rank) if problem.ranks else rows[:0].clone(),
-        lse_low=scatter(torch.where(lse.isfinite(), lse_low + (wide_lse - lse), 0).to(dtype)),
+        lse_low=scatter(lse_low),
         column_mass=sweep.column_mass,
         tail_mass=scatter(sweep.settle_tail()) if filter_columns else none(),
     )
@@ -124,26 +128,29 @@ class _Sweep:
         self.token_blocks = rows.split(BLOCK_N) if len(rows) else ()
 
         zeros = torch.zeros(rows.shape, dtype=self.logits.dtype, device=rows.device)
-        # Rounded once, in the end: a float32 near 10 is off by 5e-7 each time it is added to.
-        self.others = torch.full_like(zeros, -math.inf, dtype=self.logits.wide)
-        self.gap = torch.zeros_like(self.others)  # others less the mean logit of the others
+        self.others = LogSum.of_nothing(zeros.to(self.logits.wide))
+        self.gap = zeros.to(self.logits.wide)  # others less the mean logit of the others
         self.target_logit = self._indexed_matmul()  # [R, K]
         self.own = own_labels(self.labels, self.target_logit)  # [R]
         own_logit = torch.where(self.labels == self.own[:, None], self.target_logit, -math.inf)
         self.own_logit = own_logit.amax(1)
+        self.own_sum = LogSum(self.own_logit, torch.zeros_like(self.own_logit))
         # What the next block is made relative to: the running log-sum-exp of the others, and before
-        # there is one the logit of the token's own class. Always finite.
+        # there is one that of a survey, or the logit of the token's own class. Always finite.
         finite = self.own_logit.isfinite()
         self.reference = torch.where(finite, self.own_logit, 0).to(self.logits.dtype)
         self.logits.expect(self.reference)
+        self.survey = None
+        if self.logits.fast != self.logits.dtype:
+            self.survey = Survey(self.logits, problem)
+        self.seen = zeros.clone(), torch.full_like(zeros, -math.inf)  # what the survey has found
 
         self.target_rank = torch.zeros_like(rows)
         self.best_class = torch.zeros_like(rows)  # of all but the target
-        self.best_logit = torch.full_like(self.others, -math.inf)
+        self.best_logit = torch.full_like(self.gap, -math.inf)
 
         self.weight = problem.logit_weight
-        self.logit_sum = zeros.clone()  # with a softcap; otherwise a single product at the end
-        self.mean_row = zeros.new_zeros(problem.classifier.shape[1])  # [D], logit_weight @ C
+        self.logit_sum = torch.zeros_like(self.gap)
 
         self.filter_columns = filter_columns
         most = min(MAX_SCOUTS, self.num_classes // 16)
@@ -156,6 +163,15 @@ class _Sweep:
                 labels = self.labels[part]
                 self.column_mass[index, labels[labels >= 0]] = KEPT
         self.log_tail: list[Tensor] = []  # of each block of classes, [R]
+
+    def take_survey(self) -> None:
+        """See where the logits of each token are."""
+        for _, part, hidden in self._tokens() if self.survey is not None else ():
+            found = self.survey.look(hidden, self.own[part])
+            for values, of_part in zip(self.seen, found, strict=True):
+                values[part] = of_part
+            lse = found[1]
+            self.reference[part] = torch.where(lse.isfinite(), lse, self.reference[part])
 
     def visit_scouts(self) -> None:
         """The classes that hold most of the mass, in the full precision of the statistics."""
@@ -180,17 +196,15 @@ class _Sweep:
                 log_tail[part] = self._filter(block, reference, index, part, classes) + reference
         if self.filter_columns:
             self.log_tail.append(log_tail)
-        if self.weight is not None and self.logits.softcap is None:
-            self.mean_row += self.weight[classes].to(self.mean_row) @ classifier.to(self.mean_row)
 
     def _filter(
         self, block: Tensor, reference: Tensor, index: int, part: slice, classes: slice
     ) -> Tensor:
         """Decide each column of a block; log of the tail's mass of each token, less reference."""
-        others = self.others[part]
-        lse = torch.logaddexp(others, self.own_logit[part])
+        others = self.others.at(part)
+        lse = others.plus(self.own_sum.at(part)).value()
         of_others, mass = (
-            block @ (reference - total).exp().to(block) for total in (others, lse)
+            block @ (reference - total).exp().to(block) for total in (others.value(), lse)
         )  # [BLOCK_V], the sums of r and of p
         threshold = block.shape[1] * min(DROP_BELOW, MAX_TAIL_MASS / self.num_classes)
         column_mass = self.column_mass[index, classes]
@@ -202,7 +216,7 @@ class _Sweep:
         """Tail mass [R] under the final lse; column masses rescaled to it, or all kept."""
         if not self.log_tail:
             return torch.zeros_like(self.reference)
-        lse = torch.logaddexp(self.others, self.own_logit)
+        lse = self.lse().value()
         tails = (torch.stack(self.log_tail) - lse).exp().to(self.column_mass)  # [-, R]
         tail_mass = tails.sum(0)
         for index, part, _ in self._tokens():
@@ -219,34 +233,34 @@ class _Sweep:
                 block.copy_(torch.where(dropped, block * factor, KEPT))
         return tail_mass
 
-    def finish_logit_sum(self) -> Tensor:
-        """``sum_v weight[v] * z[n, v]`` of each row [R]."""
-        if self.logits.softcap is None:
-            assert self.weight is not None
-            for _, part, hidden in self._tokens():
-                self.logit_sum[part] = hidden.to(self.mean_row) @ self.mean_row
-            self.logit_sum *= self.logits.scale
-            if self.problem.bias is not None:
-                self.logit_sum += (self.weight * self.problem.bias).sum()
-        return self.logit_sum
+    def lse(self) -> LogSum:
+        """The log-sum-exp of each row [R]."""
+        return self.others.plus(self.own_sum)
 
-    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The log-sum-exp, what its rounding lost [R], and log-probabilities [R, K]."""
-        lse = torch.logaddexp(self.others, self.own_logit)
-        highest = torch.maximum(self.others, self.own_logit)
-        low = (highest - lse) - F.logsigmoid((self.others - self.own_logit).abs())
-        own_log_prob = F.logsigmoid(self.own_logit - self.others)[:, None]
-        own_log_prob += (lse - lse)[:, None]  # 0; of infinite logits, as in PyTorch, comes a NaN
-        is_own = self.labels == self.own[:, None]
-        log_prob = torch.where(is_own, own_log_prob, self.target_logit - lse[:, None])
-        return lse, low, log_prob.masked_fill_(self.labels < 0, 0)
+    def finish_log_prob(self) -> Tensor:
+        """Log-probabilities [R, K]."""
+        lse = self.lse()
+        own_log_prob = F.logsigmoid(self.own_sum.minus(self.others))
+        own_log_prob += lse.high - lse.high  # 0; of infinite logits, as in PyTorch, comes a NaN
+        others = (self.target_logit - lse.high[:, None]) - lse.low[:, None]
+        log_prob = torch.where(self.labels == self.own[:, None], own_log_prob[:, None], others)
+        return log_prob.masked_fill_(self.labels < 0, 0)
+
+    def finish_logit_sum(self) -> Tensor:
+        """``sum_v weight[v] * (z[n, v] - lse[n])`` of each row [R]."""
+        assert self.weight is not None
+        lse, known = self.lse(), self.own_logit.isfinite()
+        own_log_prob = F.logsigmoid(self.own_sum.minus(self.others))
+        start = torch.where(known, own_log_prob, -lse.value())
+        of_own = self.weight[self.own] * self.own_logit
+        return self.logit_sum + self.weight.sum() * start + torch.where(known, 0, of_own)
 
     def finish_entropy(self) -> Tensor:
         """``-sum_v p log p`` of each row [R]: of being one's own class or not, and of which other.
 
         A sum of numbers that are not negative.
         """
-        log_odds = self.own_logit - self.others
+        log_odds = self.own_sum.minus(self.others)
         log_p, log_rest = F.logsigmoid(log_odds), F.logsigmoid(-log_odds)
         rest = log_rest.exp()
         of_rest = torch.where(rest > 0, rest * (self.gap.clamp_min(0) - log_rest), 0)  # 0 log 0 = 0
@@ -271,7 +285,7 @@ class _Sweep:
             for k, labels in enumerate(self.labels[part].clamp_min(0).t()):
                 products = (wide * self.problem.classifier[labels]).sum(1)
                 bias = None if self.problem.bias is None else self.problem.bias[labels]
-                target_logit[part, k] = self.logits.activate(products, bias)
+                target_logit[part, k] = self.logits.activate(products, bias)[0]
         return target_logit.masked_fill_(self.labels < 0, 0)
 
     def _reduce(
@@ -285,15 +299,19 @@ class _Sweep:
         bias = None if self.problem.bias is None else self.problem.bias[classes]
         reference = self.reference[part].clone()  # no view: the original is about to move on
         # Ranks compare logits: equal ones must stay so, whatever is subtracted.
-        center = torch.zeros_like(reference) if self.problem.ranks else None
+        center = self.logits.center_at(reference, hidden.dtype)
+        if self.problem.ranks:
+            center = None
+        elif hidden.dtype != self.logits.dtype and self.survey is not None:
+            center = self.survey.center((self.seen[0][part], self.seen[1][part]), reference)
         block, slope = self.logits.sloped_block(
             classifier, bias, hidden, reference, center, sloped=self.filter_columns
         )
-        if self.weight is not None and self.logits.softcap is not None:
-            weight = self.weight[classes].to(block).index_fill(0, seen, 0)
-            self.logit_sum[part] += weight @ block + weight.sum() * reference
+        own = find_labels(classes, len(block), self.own[part])
+        if self.weight is not None:
+            self._add_to_logit_sum(self.weight[classes].index_fill(0, seen, 0), block, own, part)
         block.index_fill_(0, seen, -math.inf)
-        block[find_labels(classes, len(block), self.own[part])] = -math.inf
+        block[own] = -math.inf
         self._make_far_ones_again(block, slope, reference, part, (classifier, bias, hidden))
         if self.problem.ranks:
             self._rank(classes, block, reference, part)
@@ -317,7 +335,7 @@ class _Sweep:
         ahead = (block == target).logical_and_(index[:, None] < labels).logical_or_(block > target)
         self.target_rank[part] += ahead.sum(0)
         highest, row = block.max(0)
-        logit, best = highest.to(self.others) + reference, self.best_logit[part]
+        logit, best = highest.to(self.best_logit) + reference, self.best_logit[part]
         better = (logit > best) | ((logit == best) & (index[row] < self.best_class[part]))
         self.best_logit[part] = torch.where(better, logit, best)
         self.best_class[part] = torch.where(better, index[row], self.best_class[part])
@@ -335,7 +353,7 @@ class _Sweep:
         Far above it; or on either side, as long as nothing is known of the others.
         """
         highest = block.amax(0)
-        unknown = self.others[part] == -math.inf
+        unknown = self.others.at(part).low == -math.inf
         wrong = (highest > FAR) | (unknown & (highest < -FAR))
         tokens = (wrong & highest.isfinite()).nonzero().squeeze(1)
         if not len(tokens):
@@ -344,8 +362,9 @@ class _Sweep:
         classifier = classifier.to(self.logits.dtype)
         for some in tokens.split(BLOCK_N // 8):
             moved = reference[some] + highest[some]
+            center = self.logits.center_at(moved, classifier.dtype)
             again, sloped = self.logits.sloped_block(
-                classifier, bias, hidden[some].to(classifier), moved
+                classifier, bias, hidden[some].to(classifier), moved, center
             )
             if slope is not None:
                 slope[:, some] = sloped
@@ -355,23 +374,33 @@ class _Sweep:
             reference[some] = moved + rest
         self.logits.expect(reference)
 
+    def _add_to_logit_sum(
+        self, weight: Tensor, block: Tensor, own: tuple[Tensor, Tensor], part: slice
+    ) -> None:
+        """Add a block, relative to the running reference, to a sum relative to the own logit."""
+        block[own] = 0
+        weights = weight.sum().expand(block.shape[1]).index_add(0, own[1], -weight[own[0]])
+        known = self.own_logit[part].isfinite()
+        moved = self.reference[part] - torch.where(known, self.own_logit[part], 0)
+        self.logit_sum[part] += weight.to(block) @ block + weights * moved
+
     def _add_to_others(
         self, sums: Tensor, reference: Tensor, part: slice, weighted: Tensor | None = None
     ) -> None:
         """Add a block, given ``sum_v e`` and ``sum_v e (z - reference)``, [n], of its e = exp(z -
         reference).
         """
-        sums = sums.to(self.others)
-        block_lse = reference.to(self.others) + sums.log()
-        others = torch.logaddexp(self.others[part], block_lse)
+        sums = sums.to(self.gap)
+        block_lse, before = LogSum(reference.to(sums), sums.log()), self.others.at(part)
         if weighted is not None:
-            log_odds, gap = block_lse - self.others[part], self.gap[part]
+            log_odds, gap = block_lse.minus(before), self.gap[part]
             log_share, log_rest = F.logsigmoid(log_odds), F.logsigmoid(-log_odds)
             block_gap = sums.log() - weighted / sums
             new = log_share.exp() * (block_gap - log_share) + log_rest.exp() * (gap - log_rest)
             new = torch.where(log_odds == math.inf, block_gap, new)  # the first block
             self.gap[part] = torch.where(sums > 0, new, gap)
-        self.others[part] = others
+        self.others.put(part, before.plus(block_lse))
+        others = self.others.at(part).value()
         finite = others.isfinite()
         self.reference[part] = torch.where(finite, others.to(reference), self.reference[part])
 

@@ -9,6 +9,9 @@ distance, and the distance is small exactly where the softmax is not.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +26,10 @@ HUGE = 2.0**10
 
 NEGLIGIBLE = -1e4
 """The logarithm of a softmax that is 0 in every dtype: stands for -inf, where 0 * inf would be."""
+
+
+SAMPLE = 256
+"""How many classes say where the logits are, before all are made."""
 
 
 def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -70,6 +77,11 @@ def take_rows(values: Tensor, rows: Tensor) -> Tensor:
     return values[rows]
 
 
+def sample_classes(num_classes: int, device: torch.device) -> Tensor:
+    """At most ``SAMPLE`` classes, sorted, from all over the vocabulary."""
+    return torch.arange(0, num_classes, math.ceil(num_classes / SAMPLE), device=device)
+
+
 def as_matrix(values: Tensor) -> Tensor:
     """``[n]`` to ``[n, 1]``; ``[n, K]`` stays."""
     return values.view(len(values), values.shape[1:].numel())
@@ -93,6 +105,49 @@ def find_labels(classes: slice | Tensor, num_classes: int, labels: Tensor) -> tu
     return row[mine], mine
 
 
+@dataclass(frozen=True)
+class LogSum:
+    """A log-sum-exp, ``high + low``: rounded to one number, far from 0, it would round every p.
+
+    Of nothing, ``low`` is -inf.
+    """
+
+    high: Tensor
+    low: Tensor
+
+    @staticmethod
+    def of_nothing(zeros: Tensor) -> LogSum:
+        return LogSum(zeros.clone(), torch.full_like(zeros, -math.inf))
+
+    def at(self, part: slice | Tensor) -> LogSum:
+        return LogSum(self.high[part], self.low[part])
+
+    def put(self, part: slice, values: LogSum) -> None:
+        self.high[part], self.low[part] = values.high, values.low
+
+    def value(self) -> Tensor:
+        return self.high + self.low
+
+    def minus(self, other: LogSum) -> Tensor:
+        """The log-odds of two; 0 where they are the same, infinite ones too."""
+        high, low = self.high - other.high, self.low - other.low
+        high = torch.where(self.high == other.high, 0, high)
+        return high + torch.where(self.low == other.low, 0, low)
+
+    def plus(self, other: LogSum) -> LogSum:
+        """Of all that both are of."""
+        odds = other.minus(self)
+        high = torch.where(odds > 0, other.high, self.high)
+        low = torch.where(odds > 0, other.low, self.low)
+        return LogSum(high, low + F.softplus(-odds.abs()))
+
+    def rounded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The value, and what it lost."""
+        value = self.value().to(dtype)
+        lost = torch.where(value.isfinite(), (self.high - value) + self.low, 0)
+        return value, lost.to(dtype)
+
+
 def softmax_gradient(log_p: Tensor, factor: Tensor, d_entropy: Tensor | None) -> Tensor:
     """``p (factor - d_entropy log p)`` of a block, [v, n]: dz, but for targets and logit sum.
 
@@ -110,14 +165,18 @@ def softmax_gradient(log_p: Tensor, factor: Tensor, d_entropy: Tensor | None) ->
 class LogitBlocks:
     """Makes the logits of one problem, block by block, and their derivative.
 
+    Args:
+        problem: whose.
+        least: dtype that the blocks have at least.
+
     Attributes:
         dtype: dtype of the blocks and of every sum over them: float32 or float64.
         fast: dtype of the matmuls that sweep the whole vocabulary.
         wide: dtype of [n] and [v] vectors that are added to many times. float64 where there is.
     """
 
-    def __init__(self, problem: HeadProblem) -> None:
-        self.dtype = problem.statistics_dtype
+    def __init__(self, problem: HeadProblem, least: torch.dtype = torch.float32) -> None:
+        self.dtype = torch.promote_types(problem.statistics_dtype, least)
         self.fast = matmul_dtype(problem.hidden.dtype, problem.hidden.device)
         if problem.ranks:  # of logits that are equal, or nearly
             self.fast = self.dtype
@@ -137,7 +196,7 @@ class LogitBlocks:
         classifier: Tensor,
         bias: Tensor | None,
         hidden: Tensor,
-        reference: Tensor,
+        reference: Tensor | None,
         center: Tensor | None = None,
     ) -> Tensor:
         """``logits - reference`` of v classes and n tokens, [v, n].
@@ -146,8 +205,9 @@ class LogitBlocks:
             classifier: [v, D], in the dtype the matmul is to run in.
             bias: [v] or None.
             hidden: [n, D], in the same dtype.
-            reference: [n].
-            center: the logit at which rounding is to be finest, [n]; the reference if None.
+            reference: [n]; None for the logits themselves.
+            center: the dot product at which rounding is to be finest, [n]: 0 if None. Logits with
+                the same one are the same to the last bit.
         """
         return self.sloped_block(classifier, bias, hidden, reference, center, sloped=False)[0]
 
@@ -156,54 +216,108 @@ class LogitBlocks:
         classifier: Tensor,
         bias: Tensor | None,
         hidden: Tensor,
-        reference: Tensor,
+        reference: Tensor | None,
         center: Tensor | None = None,
         *,
         sloped: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """A block, and the derivative of the softcap at its logits [v, n]; None where it is 1."""
-        exact = center is None and hidden.dtype == self.dtype
-        finest = reference if center is None else center
-        low = finest if self._plain else self._before_softcap(finest)
-        low = low.to(hidden.dtype)  # what the matmul can subtract before it rounds
-        block = F.linear(classifier, hidden, -low).to(self.dtype)  # [v, n]
-        subtracted = low.to(self.dtype)
+        if center is None:
+            block = F.linear(classifier, hidden).to(self.dtype)  # [v, n]
+        else:
+            low = center.to(hidden.dtype)  # what the matmul can subtract before it rounds
+            block = F.linear(classifier, hidden, -low).to(self.dtype)
+            if self._plain and reference is not None:
+                return (block if low is reference else block.add_(low - reference)), None
+            block.add_(low)
+        bias = None if bias is None else bias[:, None]
+        block, slope = self.activate(block, bias, sloped=sloped)
+        return (block if reference is None else block.sub_(reference)), slope
+
+    def center_at(self, logit: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The dot product whose logit this is; None where nothing is gained by it.
+
+        Not further than 0.97 softcaps: beyond, the slope of the softcap shrinks every error, and
+        a log-sum-exp near the softcap says nothing of where the dot products are.
+
+        Args:
+            logit: [n].
+            dtype: that of the matmul.
+        """
         if self._plain:
-            return (block if exact else block.add_(subtracted - reference)), None
-        slope = None
-        block = self._before_tanh(block.add_(subtracted), None if bias is None else bias[:, None])
+            return logit
+        if dtype == self.dtype or not self.scale:
+            return None
         if self.softcap is not None:
-            block.div_(self.softcap).tanh_()
-            if sloped:  # before anything else rounds: near the softcap it is next to nothing
-                slope = (1 - block.square()).clamp_min_(0)
-            block.mul_(self.softcap)
-        return block.sub_(reference), slope
+            logit = self.softcap * torch.atanh((logit / self.softcap).clamp(-0.75, 0.75))
+        return (logit - self._bias) / self.scale
 
     def expect(self, reference: Tensor) -> None:
         """Go on in full precision if a low-precision matmul cannot subtract such references."""
         if self.fast != self.dtype and (reference.abs() > HUGE).any():
             self.fast = self.dtype
 
-    def activate(self, products: Tensor, bias: Tensor | None) -> Tensor:
-        """Dot products of hidden states and classifier rows to logits, in place."""
-        products = self._before_tanh(products, bias)
-        if self.softcap is not None:
-            products.div_(self.softcap).tanh_().mul_(self.softcap)
-        return products
+    def activate(
+        self, products: Tensor, bias: Tensor | None, *, sloped: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Dot products of hidden states and classifier rows to logits, in place.
 
-    def _before_tanh(self, products: Tensor, bias: Tensor | None) -> Tensor:
+        And the derivative of the softcap; None where it is 1, or not asked for.
+        """
         if self.scale != 1:
             products.mul_(self.scale)
         if bias is not None:
             products.add_(bias)
-        return products
-
-    def _before_softcap(self, logit: Tensor) -> Tensor:
-        """The dot product whose logit this is: where rounding should be finest.
-
-        Not further than 0.97 softcaps: beyond, the slope of the softcap shrinks every error, and
-        a log-sum-exp near the softcap says nothing of where the dot products are.
-        """
+        slope = None
         if self.softcap is not None:
-            logit = self.softcap * torch.atanh((logit / self.softcap).clamp(-0.75, 0.75))
-        return (logit - self._bias) / self.scale if self.scale else torch.zeros_like(logit)
+            products.div_(self.softcap).tanh_()
+            if sloped:  # before anything else rounds: near the softcap it is next to nothing
+                slope = (1 - products.square()).clamp_min_(0)
+            products.mul_(self.softcap)
+        return products, slope
+
+
+def mean_product(products: Tensor, softmax: Tensor, slope: Tensor | None) -> Tensor:
+    """Of dot products [v, n], by how much an error of each would matter, [n]."""
+    weight = softmax.nan_to_num(0) if slope is None else softmax.nan_to_num(0) * slope
+    return ((products * weight).sum(0) / weight.sum(0)).nan_to_num_(0, 0, 0)
+
+
+class Survey:
+    """Where low precision should round least, by a look at a sample of classes. Vectors are [n].
+
+    At the mean dot product of the softmax: the log-sum-exp is far above the logits that hold the
+    mass where the softmax is flat. Dot products beyond the softcap, where no error matters, have no
+    say. Where most of the mass is in none of the sample, its logits are near the log-sum-exp.
+
+    Args:
+        logits: of the head.
+        problem: the head.
+    """
+
+    def __init__(self, logits: LogitBlocks, problem: HeadProblem) -> None:
+        num_classes = len(problem.classifier)
+        self._logits = logits
+        self._classes = sample_classes(num_classes, problem.hidden.device)
+        self._classifier = problem.classifier[self._classes].to(logits.fast)
+        self._bias = None if problem.bias is None else problem.bias[self._classes, None]
+        self._all_of_one = math.log(num_classes / len(self._classes))
+
+    def look(self, hidden: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean dot product, and an estimate of the log-sum-exp of all classes but one's own.
+
+        Args:
+            hidden: [n, D].
+            own: the class that does not count; a negative one is none.
+        """
+        products = F.linear(self._classifier, hidden.to(self._classifier)).to(self._logits.dtype)
+        z, slope = self._logits.activate(products.clone(), self._bias, sloped=True)
+        z[find_labels(self._classes, len(z), own)] = -math.inf
+        return mean_product(products, z.softmax(0), slope), z.logsumexp(0) + self._all_of_one
+
+    def center(self, seen: tuple[Tensor, Tensor], others: Tensor) -> Tensor:
+        """The dot product at which to round least, given what was seen, and the log-sum-exp."""
+        (mean, lse), near = seen, self._logits.center_at(others, self._classifier.dtype)
+        if near is None:
+            return mean
+        return torch.lerp(near, mean, (lse - others).exp().nan_to_num_(0).clamp_max_(1))

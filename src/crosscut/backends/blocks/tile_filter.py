@@ -62,7 +62,8 @@ def tile_filtered_backward(
         for tokens in rows.split(BLOCK_N) if len(rows) else ():
             h = take_rows(hidden, tokens).to(logits.fast)  # [BLOCK_N, D]
             lse = statistics.lse[tokens]
-            z, slope = logits.sloped_block(c, bias, h, lse)  # less lse, [BLOCK_V, BLOCK_N]
+            center = logits.center_at(lse, h.dtype)
+            z, slope = logits.sloped_block(c, bias, h, lse, center)  # less lse, [BLOCK_V, BLOCK_N]
             p = z.exp()
             onehot = classes[:, None] == problem.labels[tokens]
 

@@ -40,20 +40,24 @@ def compute_divergences(problem: DistillationProblem) -> Divergences:
         torch._assert_async((student.labels < len(student.classifier)).all())
     none = student.hidden.new_empty(0, dtype=torch.float32)
     if not len(student.labels):
-        return Divergences(*(none.clone() for _ in Divergences._fields))
+        empty = Divergences(*(none.clone() for _ in Divergences._fields))
+        return empty._replace(lse_low=none.new_empty(2, 0))
     valid_rows = valid_rows_of(student.labels)
     tiles = choose_tiles(Kernel.DIVERGENCE, student.hidden)
     found = divergence(_pair(problem, valid_rows), valid_rows, tiles)
-    target_logit = none.clone()
-    if problem.temperature is not None:
+    hard_loss, hard_lse = none, none.clone()
+    if found.hard_lse is not None:
         head = _head(student, student.hidden.contiguous())
         target_logit = indexed_matmul(head, student.labels.contiguous()) * problem.temperature
+        hard_loss = (found.hard_lse - target_logit).clamp_min(0)  # two roundings
+        hard_lse = found.hard_lse - problem.temperature * found.lse
     return Divergences(
         divergence=found.divergence,
-        hard_lse=none if found.hard_lse is None else found.hard_lse,
-        target_logit=target_logit,
+        hard_loss=hard_loss,
+        hard_lse=hard_lse,
         student_lse=found.lse,
         teacher_lse=found.teacher_lse,
+        lse_low=found.lse.new_zeros(2, len(found.lse)),
         center=found.center,
     )
 
@@ -75,10 +79,12 @@ def compute_student_gradients(
     valid_rows = valid_rows_of(head.labels)
     pair, rows = _pair(problem, valid_rows), valid_rows.rows.clamp_min(0).long()
     zeros = torch.zeros_like(found.divergence)
-    hard = found.hard_lse if len(found.hard_lse) else zeros
-    d_divergence, d_lse, d_target = (zeros if grad is None else grad for grad in cotangents)
-    of_tokens = [found.student_lse, found.teacher_lse, found.center, d_divergence, hard, d_lse]
-    vectors = torch.stack([*of_tokens, d_target], 1)[rows].float()  # [N, 7]
+    hard = zeros
+    if problem.temperature is not None:
+        hard = found.hard_lse + problem.temperature * found.student_lse
+    d_divergence, d_hard = (zeros if grad is None else grad for grad in cotangents)
+    of_tokens = [found.student_lse, found.teacher_lse, found.center, d_divergence, hard, d_hard]
+    vectors = torch.stack([*of_tokens, -d_hard], 1)[rows].float()  # [N, 7]
     tokens = PairTokens(valid_rows.count, head.labels[rows], vectors)
 
     gradient = choose_tiles(Kernel.DIVERGENCE_GRADIENT, head.hidden)

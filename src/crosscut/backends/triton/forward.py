@@ -83,7 +83,11 @@ def compute_statistics(problem: HeadProblem, like: Statistics) -> Statistics:
     parts = sweep(problem, probed, column_mass)
     own = Own(probed.own, probed.own_logit)
     found = combine(parts, probed.rows, own, column_mass, block_n=block_tokens(problem))
-    return _filled(like, found, problem.labels, probed)
+    logit_sum, weight = found.logit_sum, problem.logit_weight
+    if logit_sum is not None and weight is not None:  # less the log-sum-exp
+        total = weight.sum()
+        logit_sum = logit_sum - total * found.lse - total * found.lse_low
+    return _filled(like, found._replace(logit_sum=logit_sum), problem.labels, probed)
 
 
 def _head(problem: HeadProblem) -> Head:
