@@ -166,7 +166,9 @@ class _Sweep:
 
     def take_survey(self) -> None:
         """See where the logits of each token are."""
-        for _, part, hidden in self._tokens() if self.survey is not None else ():
+        if self.survey is None:
+            return
+        for _, part, hidden in self._tokens():
             found = self.survey.look(hidden, self.own[part])
             for values, of_part in zip(self.seen, found, strict=True):
                 values[part] = of_part
