@@ -67,7 +67,7 @@ def block_thresholds(problem: HeadProblem, statistics: Statistics, masses: Tenso
     As :mod:`crosscut.kernels.selected_pairs` chooses them.
     """
     block_n = block_tokens(problem)
-    valid = problem.labels >= 0
+    valid = problem.valid
     lse, rest = (
         F.pad(value[valid], (0, -int(valid.sum()) % block_n)).view(-1, block_n)
         for value in (statistics.lse, -statistics.log_prob.expm1())
@@ -175,7 +175,7 @@ def hot_classes(selected: Tensor, capacity: Capacity) -> Tensor:
 
 def sparsity(problem: HeadProblem, statistics: Statistics) -> tuple[float, float]:
     """Share of the pairs that are selected, and mean mass of the others, were cotangents equal."""
-    num_rows = int((problem.labels >= 0).sum())
+    num_rows = int(problem.valid.sum())
     masses = statistics.column_mass[: math.ceil(num_rows / block_tokens(problem))].float()
     if not masses.numel():
         return 1.0, 0.0

@@ -15,6 +15,24 @@ from torch import Tensor
 from crosscut.options import HeadOptions
 
 
+class VocabShard(NamedTuple):
+    """Which classes of a vocabulary a head holds: those from ``start`` on."""
+
+    start: int = 0
+    total: int = 0  # classes of all shards; 0 where the head holds them all
+
+
+WHOLE = VocabShard()
+"""All of the classes."""
+
+
+class Targets(NamedTuple):
+    """What the labels of a call come to for the classes that are here."""
+
+    labels: Tensor  # [N] or [N, K], places among these classes; any other place is of another shard
+    valid: Tensor  # [N] bool: a row counts where it has a target, be it of another shard
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeadProblem:
     """One call: N tokens, hidden size D, V classes.
@@ -23,13 +41,15 @@ class HeadProblem:
         hidden: [N, D], any float dtype.
         classifier: [V, D], the same dtype.
         bias: [V] of the same dtype or that of the statistics, or None.
-        labels: [N] int64; a class, or -1 for a row that takes no part. Or [N, K], K targets a
-            token, each of them a class or -1: a row of nothing but -1 takes no part.
+        labels: [N] int64; a class of the whole vocabulary, or -1 for a row that is not valid. Or
+            [N, K], K targets per token, each of them a class or -1: a row of nothing but -1 is not
+            valid.
         logit_weight: [V], the weights of the logit sum, in the dtype of the statistics; None if no
             one wants it.
         options: how the logits are made and the gradient may be computed.
         entropy: whether the entropy is wanted.
         ranks: whether argmax and target_rank are wanted; only for labels [N].
+        shard: which classes of the vocabulary the V of this head are; see :class:`ShardProblem`.
     """
 
     hidden: Tensor
@@ -40,17 +60,46 @@ class HeadProblem:
     options: HeadOptions
     entropy: bool = False
     ranks: bool = False
+    shard = WHOLE  # no field: an operator's call has all classes
+
+    @property
+    def valid(self) -> Tensor:
+        """Which rows are valid, [N] bool."""
+        valid = self.labels >= 0
+        return valid if valid.dim() == 1 else valid.any(1)
 
     @property
     def rows(self) -> Tensor:
-        """The rows that take part [R], in ascending order."""
-        kept = self.labels >= 0
-        return (kept if kept.dim() == 1 else kept.any(1)).nonzero().squeeze(1)
+        """The valid rows [R], in ascending order."""
+        return self.valid.nonzero().squeeze(1)
+
+    @property
+    def places(self) -> Tensor:
+        """The labels' places among the classes of this head; any other place is of none of them."""
+        start = self.shard.start
+        return self.labels - start if start else self.labels
+
+    @property
+    def targets(self) -> Targets:
+        """Both."""
+        return Targets(self.places, self.valid)
+
+    @property
+    def total_classes(self) -> int:
+        """Of the whole vocabulary."""
+        return self.shard.total or len(self.classifier)
 
     @property
     def statistics_dtype(self) -> torch.dtype:
         """Dtype of every statistic: float32, or float64 for float64 inputs."""
         return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardProblem(HeadProblem):
+    """One rank's part of a call whose vocabulary is spread over several."""
+
+    shard: VocabShard
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,7 +69,10 @@ class _Chunks:
             self.order = _by_mean_logit(problem, self.tokens)  # [V]
             rank = torch.empty_like(self.order)
             rank[self.order] = torch.arange(len(rank), device=rank.device)
-            self.tokens = self.tokens._replace(own=rank[self.tokens.own.clamp_min(0)])
+            own = self.tokens.own
+            here = (own >= 0) & (own < len(rank))  # else of another shard, or no token
+            own = torch.where(here, rank[torch.where(here, own, 0)], -1)
+            self.tokens = self.tokens._replace(own=own)
 
         # [N, D], side by side
         narrow = paper is not None and not paper.accumulate_wide

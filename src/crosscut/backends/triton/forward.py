@@ -28,17 +28,17 @@ MOST_PROBES = 2048
 
 def probe(problem: HeadProblem, *, bound: bool) -> Probe[ValidRows]:
     """Target logits and, with ``bound``, the log-sum-exp of the probe classes as lower bound."""
-    labels, num_classes = problem.labels.contiguous(), len(problem.classifier)
+    labels, num_classes = problem.places.contiguous(), len(problem.classifier)
     if labels.is_cuda:  # as PyTorch does it there: a late error, of the device
-        torch._assert_async((labels < num_classes).all())
+        torch._assert_async((problem.labels < problem.total_classes).all())
     head = _head(problem)
-    rows = valid_rows_of(labels)
+    rows = valid_rows_of(problem.labels)
     num_probes = min(MOST_PROBES, num_classes // 16) if bound else 0
     flags = None
     if num_probes:
         flags = torch.zeros(num_classes, dtype=torch.int8, device=labels.device)
     target_logit = indexed_matmul(head, labels, flags)
-    own = _own(labels, target_logit)
+    own = _own(problem, labels, target_logit)
     lower_bound = None
     if flags is not None:
         classes = flagged_first(flags, num_probes)
@@ -87,7 +87,7 @@ def compute_statistics(problem: HeadProblem, like: Statistics) -> Statistics:
     if logit_sum is not None and weight is not None:  # less the log-sum-exp
         total = weight.sum()
         logit_sum = logit_sum - total * found.lse - total * found.lse_low
-    return _filled(like, found._replace(logit_sum=logit_sum), problem.labels, probed)
+    return _filled(like, found._replace(logit_sum=logit_sum), problem, probed)
 
 
 def _head(problem: HeadProblem) -> Head:
@@ -101,24 +101,25 @@ def _head(problem: HeadProblem) -> Head:
     )
 
 
-def _own(labels: Tensor, target_logit: Tensor) -> Own:
-    """Each token's own class, and its logit."""
+def _own(problem: HeadProblem, places: Tensor, target_logit: Tensor) -> Own:
+    """The place of each token's own class, and its logit."""
+    labels = problem.labels
     if labels.dim() == 1:
-        return Own(labels, target_logit)
+        return Own(places, target_logit)
     if labels.is_meta:  # as in like_or
-        return Own(labels[:, 0].contiguous(), target_logit[:, 0].contiguous())
+        return Own(places[:, 0].contiguous(), target_logit[:, 0].contiguous())
     own = own_labels(labels, target_logit)
     logit = torch.where(labels == own[:, None], target_logit, -torch.inf).amax(1)
-    return Own(own, torch.where(own < 0, 0, logit))
+    return Own(own - problem.shard.start, torch.where(own < 0, 0, logit))
 
 
 def _filled(
-    like: Statistics, found: LinearLse, labels: Tensor, probed: Probe[ValidRows]
+    like: Statistics, found: LinearLse, problem: HeadProblem, probed: Probe[ValidRows]
 ) -> Statistics:
     """The statistics, with what a sweep has found."""
     log_prob = found.log_prob
-    if labels.dim() > 1:
-        log_prob = like_or(probed.target_logit, lambda: _log_probs(found, labels, probed))
+    if problem.labels.dim() > 1:
+        log_prob = like_or(probed.target_logit, lambda: _log_probs(found, problem, probed))
     vectors = {
         "lse": found.lse,
         "target_logit": probed.target_logit,
@@ -132,12 +133,14 @@ def _filled(
     if found.rank is None or found.best_class is None:
         return like
     rank, best = found.rank.long(), found.best_class.long()
-    argmax = like_or(best, lambda: torch.where(rank == 0, labels.clamp_min(0), best))
+    labels, start = problem.labels, problem.shard.start
+    argmax = like_or(best, lambda: torch.where(rank == 0, labels.clamp_min(0), best + start))
     return like._replace(argmax=argmax, target_rank=rank)
 
 
-def _log_probs(found: LinearLse, labels: Tensor, probed: Probe[ValidRows]) -> Tensor:
+def _log_probs(found: LinearLse, problem: HeadProblem, probed: Probe[ValidRows]) -> Tensor:
     """Of several targets per token, [N, K]. None but the own one has most of the softmax."""
     of_others = (probed.target_logit - found.lse[:, None]) - found.lse_low[:, None]
-    log_prob = torch.where(labels == probed.own[:, None], found.log_prob[:, None], of_others)
-    return torch.where(labels >= 0, log_prob, 0)
+    is_own = problem.places == probed.own[:, None]
+    log_prob = torch.where(is_own, found.log_prob[:, None], of_others)
+    return torch.where(problem.labels >= 0, log_prob, 0)

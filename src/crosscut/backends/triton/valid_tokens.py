@@ -41,7 +41,7 @@ def side_by_side(
 ) -> ValidTokens:
     """The valid tokens, then zeros up to a multiple of so many tokens."""
     rows = valid_rows_of(problem.labels)
-    labels, log_prob = problem.labels.contiguous(), statistics.log_prob
+    labels, log_prob = problem.places.contiguous(), statistics.log_prob
     d_lse, d_target, d_log_prob, d_sum, d_entropy = cotangents
     targets = d_targets = loss_scale = None
     # What a kernel does of a token with one target, PyTorch does of those with more; and of
@@ -55,8 +55,8 @@ def side_by_side(
         loss_scale = log_prob.new_empty(()) if problem.hidden.dtype == torch.float16 else None
     elif combined:
         of_rows = row_cotangents(problem, statistics, cotangents)
-        own = own_labels(labels, statistics.target_logit)
-        log_prob = own_log_prob(labels, own, log_prob).contiguous()
+        own = own_labels(problem.labels, statistics.target_logit)
+        log_prob = own_log_prob(problem.labels, own, log_prob).contiguous()
         if problem.hidden.dtype == torch.float16:
             loss_scale = _loss_scale(problem, of_rows, log_prob, cotangents)
         d_lse, d_target, d_log_prob = of_rows.factor, of_rows.d_own, None
@@ -66,7 +66,7 @@ def side_by_side(
             d_targets = d_targets[positions].float() if d_targets is not None else None
             if d_targets is not None and loss_scale is not None:
                 d_targets *= loss_scale
-            labels = own
+            labels = own - problem.shard.start
     # One kernel, whichever statistics have a gradient.
     zeros = statistics.lse.new_zeros(1).expand(len(statistics.lse))
     d_lse, d_target, d_log_prob = (
@@ -113,6 +113,5 @@ def _loss_scale(
         largest = largest + of_rows.d_targets.abs().sum(1)
     if problem.logit_weight is not None and cotangents.logit_sum is not None:
         largest = largest + cotangents.logit_sum.abs() * problem.logit_weight.abs().max()
-    valid = problem.labels >= 0 if problem.labels.dim() == 1 else (problem.labels >= 0).any(1)
-    largest = torch.where(valid, largest, 0).amax()
+    largest = torch.where(problem.valid, largest, 0).amax()
     return torch.exp2(14 - largest.clamp(2.0**-100, 2.0**100).log2().ceil()).float()
