@@ -56,10 +56,11 @@ from crosscut.backends.protocol import (
     HeadProblem,
     Needs,
 )
-from crosscut.backends.triton import TritonBackend, compile_ahead
+from crosscut.backends.triton import TritonBackend, compile_ahead, forward
 from crosscut.backends.triton.distillation import compute_divergences, compute_student_gradients
 from crosscut.device import launch, tuned
 from crosscut.device.tiles import Gpu, Kernel, gpu_of, table
+from crosscut.kernels.partial_statistics import joined
 from crosscut.options import HeadOptions
 
 CARDS = {  # what a program may have of shared memory, KiB, and multiprocessors
@@ -252,12 +253,19 @@ def calls(dtype_name: str, *, few: bool = False, any_layout: bool = False) -> li
     found: list[Call] = [
         partial(head_call, new(**options, **layout)) for layout in layouts for options in variants
     ]
+    found.append(partial(shard_call, new(ranks=True, entropy=True, weight=True)))
     if dtype != torch.float16:
         pair = new(**capped), new(hidden_size=2048, **capped)
         found.append(partial(distil, "js", 2.0, *pair))
         for kind in () if few else ("js", "forward", "reverse"):
             found += [partial(distil, kind, None, new(**layout), new()) for layout in layouts]
     return found
+
+
+def shard_call(head: HeadProblem) -> None:
+    """What a shard of a vocabulary tells the others."""
+    probed = forward.probe(head, bound=False)
+    joined(forward.sweep(head, probed, None), probed.rows)
 
 
 def print_table(*, few: bool) -> None:

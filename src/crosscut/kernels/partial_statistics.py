@@ -32,6 +32,7 @@ others``, a sum of positive numbers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -227,3 +228,45 @@ def combine(
         0 if column_mass is None else column_mass.shape[1], BLOCK_N=block_n, num_warps=4,
     )  # fmt: skip
     return found
+
+
+@kernel
+def join_kernel(parts, valid_rows, out, first_class, BLOCK_N: tl.constexpr):
+    """Program i owns BLOCK_N places; ``out`` has one part."""
+    place = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid = place < tl.load(valid_rows.count)
+    joined = combined_parts(parts, place, valid, BLOCK_N)
+    for field in tl.static_range(7):
+        if out[field + 1] is not None:  # after the count
+            tl.store(out[field + 1] + place, joined[field], mask=valid)
+    if out.best_class is not None:
+        tl.store(out.best_class + place, joined[7] + first_class, mask=valid)
+    tl.store(out.count, 1)
+
+
+def joined(
+    parts: PartialStatistics, valid_rows: ValidRows, first_class: int = 0
+) -> PartialStatistics:
+    """The parts of each token, combined to one: what a vocabulary shard tells the others.
+
+    Args:
+        parts: those of consecutive classes, in order.
+        valid_rows: the valid rows; [N].
+        first_class: of the shard, in the vocabulary; ``best_class`` is one of those from then on.
+    """
+    num_tokens = len(valid_rows.place)
+    out = PartialStatistics(
+        parts.count.new_empty(1),
+        *(None if field is None else field.new_empty(num_tokens) for field in parts[1:]),
+    )
+    join_kernel[(triton.cdiv(num_tokens, 128),)](parts, valid_rows, out, first_class, BLOCK_N=128)
+    return out
+
+
+def beside(shards: Sequence[PartialStatistics]) -> PartialStatistics:
+    """Statistics of several shards, one part each, as parts of each token, in order."""
+    fields = zip(*(shard[1:] for shard in shards), strict=True)
+    return PartialStatistics(
+        torch.full_like(shards[0].count, len(shards)),
+        *(None if of_all[0] is None else torch.stack(of_all, 1).flatten() for of_all in fields),
+    )
