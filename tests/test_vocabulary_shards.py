@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from dataclasses import fields
 from importlib.util import find_spec
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from conftest import INTERPRETED
 from support.judging import make_head
 
-from crosscut.backends.protocol import HeadProblem, VocabShard
+from crosscut.backends.protocol import HeadProblem, ShardProblem, VocabShard
 from crosscut.options import LossOptions
 
 pytestmark = pytest.mark.skipif(
@@ -31,10 +31,12 @@ def whole_problem(*, entropy: bool = False, ranks: bool = False) -> HeadProblem:
     )  # fmt: skip
 
 
-def shards_of(problem: HeadProblem) -> list[HeadProblem]:
+def shards_of(problem: HeadProblem) -> list[ShardProblem]:
+    whole = {field.name: getattr(problem, field.name) for field in fields(problem)}
     return [
-        replace(
-            problem, classifier=problem.classifier[start:end], shard=VocabShard(start, SHARDS[-1])
+        ShardProblem(
+            **whole | {"classifier": problem.classifier[start:end]},
+            shard=VocabShard(start, SHARDS[-1]),
         )
         for start, end in itertools.pairwise(SHARDS)
     ]
