@@ -60,14 +60,17 @@ class Layout:
         regions: all of them by name.
         offset: bytes from the beginning of the lender to each region; None where it has memory of
             its own.
+        last_of: by step, the regions that nobody reads later.
         first_row: the first of the lender's rows of which something is taken; None without one.
     """
 
     def __init__(self, regions: Mapping[str, Region], lender: Lender | None = None) -> None:
         self.regions = regions
         self.offset: dict[str, int | None] = {}
+        self.last_of: dict[int, list[str]] = {}
         taken = 0 if lender is None else lender.rows * lender.row_bytes
         for name, region in regions.items():
+            self.last_of.setdefault(region.until, []).append(name)
             size = math.prod(region.shape) * region.dtype.itemsize
             begin = (taken - size) // ALIGNMENT * ALIGNMENT
             if lender is None or region.alone or begin < lender.lent_from * lender.row_bytes:
@@ -100,8 +103,7 @@ class Workspace:
 
     def end(self, step: int) -> None:
         """Nobody reads what is needed until this step any more, nor may."""
-        for name, region in self.layout.regions.items():
-            if region.until == step and name in self._made:
-                gone = self._made.pop(name)
-                if poisons:
-                    gone.view(-1).view(torch.uint8).fill_(0xFF)  # NaN, or -1
+        for name in self.layout.last_of.get(step, ()):
+            gone = self._made.pop(name, None)
+            if poisons and gone is not None:
+                gone.view(-1).view(torch.uint8).fill_(0xFF)  # NaN, or -1
