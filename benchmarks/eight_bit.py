@@ -6,8 +6,10 @@ TEXTS is a file of ``torch.save``: for each kind of text its final hidden states
 tokens [N], of the model whose head is in CROSSCUT_TEST_HEAD. A head is MODEL:TOKENS,
 MODEL:TOKENS:KIND or MODEL:TOKENS:KIND:LOGITS_TIMES; without a kind it reads the head's own text.
 
-Times are medians over rounds in which all parts take turns, over that of the bare logits matmul,
-with the host ahead. Errors of the loss are per token, against float64, beside PyTorch's.
+Each part's time is measured with the host ahead, beside that of the bare logits matmul right after
+it; printed are the medians of both and of their ratio, over rounds in which all parts take turns.
+Errors of the loss are per token, against float64, beside PyTorch's. ``spread`` is a token's root
+mean square of ``z8 - z16`` over the selected softmax, ``guard`` that times what is not selected.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -24,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crosscut.backends.protocol import Cotangents, HeadProblem, Needs, Statistics
+from crosscut.backends.protocol import Cotangents, Gradients, HeadProblem, Needs
 from crosscut.backends.triton import TritonBackend
 from crosscut.backends.triton.column_filter import mass_unit, most_tail
 from crosscut.backends.triton.forward import MOST_SCOUTS
@@ -51,6 +54,9 @@ WORKSPACE = 64 * 2**20
 SAMPLE = 2048
 """Rows whose mean stands for that of all."""
 
+SELECTIONS = "auto", "4", "16"
+"""Pairs that are made again: those that a gradient keeps, or those of so many units of mass."""
+
 LOG2_E = 1.4426950408889634
 PAIR_SLOTS = 256
 KEEP_ALL_LEVELS = torch.finfo(torch.float32).max
@@ -69,7 +75,13 @@ SWEEPS = {
     "128x128x128 4w 3s x2": tiles(128, 128, 128, 4, 3, programs=2),
     "128x256x128 8w 2s": tiles(128, 256, 128, 8, 2),
 }
+SWEEP = SWEEPS["128x256x128 8w 3s"]
 COMPARE = tiles(128, 128, 64, 8, 3)
+
+
+Found = tuple[eight_bit.EightBitTokens, Tensor, eight_bit.Rounded]
+"""What a sweep has found: tokens, ``others8``, and rounded rows of C with the scales and shifts of
+all classes."""
 
 
 class Start(NamedTuple):
@@ -154,7 +166,7 @@ def stretch(head: Head, middle: Centers) -> tuple[float, float]:
 def round_hidden(start: Start, middle: Centers, longer: float = 0.0) -> eight_bit.EightBitTokens:
     """The tokens in 8 bits, side by side; ``longer`` makes up for what sums lose."""
     hidden, rows = start.head.hidden, start.kept.rows
-    out = eight_bit.new_rounded(*hidden.shape, hidden.device)
+    out = eight_bit.new_rounded(len(hidden), hidden.shape[1], hidden.device)
     eight_bit.round_rows(
         out, hidden, middle.hidden, middle.classifier, index=rows, center_first=False
     )
@@ -179,7 +191,7 @@ def sweep(
     shifted: bool = True,
     unit: float = 1.0,
     longer: float = 0.0,
-) -> tuple[eight_bit.EightBitTokens, Tensor, eight_bit.Rounded]:
+) -> Found:
     """The whole sweep, a slice of the vocabulary at a time."""
     head = start.head
     num_classes, hidden_size = head.classifier.shape
@@ -233,7 +245,7 @@ def select(
 
 def correct(
     start: Start,
-    found: tuple[eight_bit.EightBitTokens, Tensor, eight_bit.Rounded],
+    found: Found,
     selected: tuple[KeptPairs, Tensor],
     middle: Centers,
     size: Tiles,
@@ -253,7 +265,7 @@ def correct(
 
 def with_probes(
     start: Start,
-    found: tuple[eight_bit.EightBitTokens, Tensor, eight_bit.Rounded],
+    found: Found,
     middle: Centers,
     size: Tiles,
     *,
@@ -262,7 +274,7 @@ def with_probes(
     """The log-sum-exp of the others, with the probe classes in 16 bits and no others."""
     tokens, others8, _ = found
     rows = start.of_probes.classifier
-    rounded = eight_bit.new_rounded(*rows.shape, rows.device)
+    rounded = eight_bit.new_rounded(len(rows), rows.shape[1], rows.device)
     round_classifier(rows, middle, rounded)
     place = start.probes.new_full((len(start.head.classifier),), -1, dtype=torch.int64)
     place[start.probes.long()] = torch.arange(len(rows), device=rows.device)
@@ -383,28 +395,9 @@ class Judge:
         return math.sqrt(ours / size), math.sqrt(theirs / size)
 
 
-def gradients(
-    workload: Workload, start: Start, found: eight_bit.Corrected, mass: Tensor
-) -> tuple[Callable[[], Any], Callable[[Tensor], truth.Answer]]:
-    """The backward as it is, from the corrected statistics."""
-    problem = problem_of(workload)
-    backend = TritonBackend()
-    like = backend.forward_like(problem, for_backward=True)
-    statistics: Statistics = like._replace(
-        lse=found.lse, target_logit=start.target_logit, log_prob=found.log_prob,
-        lse_low=found.lse_low, column_mass=mass, tail_mass=found.rest,
-    )  # fmt: skip
-    d_log_prob = torch.full_like(found.lse, -1 / len(found.lse))
-    cotangents = Cotangents(None, None, d_log_prob, None, None)
-
-    def run() -> Any:
-        return backend.backward(problem, statistics, cotangents, Needs(True, True, False))
-
-    def answer(loss: Tensor) -> truth.Answer:
-        out = run()
-        return truth.Answer(loss=loss.item(), d_hidden=out.hidden, d_classifier=out.classifier)
-
-    return run, answer
+def present(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
 
 
 def problem_of(workload: Workload) -> HeadProblem:
@@ -414,199 +407,235 @@ def problem_of(workload: Workload) -> HeadProblem:
     )  # fmt: skip
 
 
-def study(workload: Workload, *, with_gradients: bool) -> dict[str, Any]:
-    hidden, classifier, labels = workload.hidden, workload.classifier, workload.labels
-    num_classes = len(classifier)
-    head = Head(hidden, classifier, None, 1.0, None)
-    problem = problem_of(workload)
-    start = begin(head, labels)
-    unit, most = mass_unit(num_classes), most_tail(problem)
-    own = Own(labels, start.target_logit)
-    blocks = math.ceil(len(hidden) / 128)
-    mass = torch.zeros(blocks, num_classes, dtype=torch.bfloat16, device=hidden.device)
-    mass16 = torch.zeros_like(mass)
-    middle = centers(head, classifier=True, hidden=True)
-    lost, _ = stretch(head, middle)
-    whole = eight_bit.new_rounded(*classifier.shape, hidden.device)
-    round_classifier(classifier, middle, whole)
-    tokens = round_hidden(start, middle)
-    report: dict[str, Any] = {}
+class Study:
+    """One workload: what both sweeps are given."""
 
-    # --- accuracy ---
-    judge = Judge(workload)
-    errors = judge.of_pytorch()
-    size = SWEEPS["128x256x128 8w 3s"]
-    compare = COMPARE
-    of_16 = linear_lse.linear_lse(
-        head, start.kept, own, choose_tiles(Kernel.MASS_LSE, hidden), None,
-        Columns(mass16, start.reference, unit),
-    )  # fmt: skip
-    errors["16-bit sweep"] = judge.of_loss(of_16.others)
-    for name, (with_hidden, longer) in {
-        "C centered": (False, 0.0), "C centered, stretched": (False, lost),
-        "both centered": (True, 0.0), "both centered, stretched": (True, lost),
-    }.items():  # fmt: skip
-        taken = centers(head, classifier=True, hidden=with_hidden)
-        found = sweep(start, taken, mass, size, shifted=with_hidden, longer=longer)
-        errors[f"8 bits alone, {name}"] = judge.of_loss(found[1])
-        for most_probes in (2048, 8192):
-            begun = begin(head, labels, most_probes)
-            others = with_probes(begun, found, taken, size, shifted=with_hidden)
-            errors[f"{most_probes} probes, {name}"] = {
-                **judge.of_loss(others),
-                "selected mass": (begun.reference - others).exp().mean().item(),
-            }
-        for above, share in (("auto", most), ("4", None), ("16", None)):
-            of_unit = mass if share is not None else mass / float(above)
-            selected = select(start, found[0].own, found[1], of_unit, share or KEEP_ALL_LEVELS)
-            if selected[0].num_rows.item() < 0:
-                errors[f"corrected, {name}, mass >= {above}"] = "too many pairs"
-                continue
-            right = correct(start, found, selected, taken, compare)
-            kept = of_unit.float() >= selected[0].threshold[0][:, None]
-            guard = (1 - right.selected.double()) * right.spread.double()
-            p_ours, p_pytorch = judge.of_selected(right.lse, kept)
-            errors[f"corrected, {name}, mass >= {above}"] = {
-                **judge.of_loss(right.others),
-                "pairs": kept.float().mean().item(),
-                "popular": selected[0].popular_count[0].item(),
-                "selected mass": right.selected.mean().item(),
-                "spread": right.spread.mean().item(),
-                "spread max": right.spread.max().item(),
-                "guard": guard.mean().item(),
-                "guard max": guard.max().item(),
-                "p on pairs": p_ours,
-                "p on pairs, PyTorch": p_pytorch,
-            }
-    for name, value in errors.items():
-        if isinstance(value, str):
-            print(f"  {name:40s} {value}")
-            continue
-        words = " ".join(
-            f"{key} {number:.2e}"
-            for key, number in value.items()
-            if isinstance(number, int | float)
-        )
-        print(f"  {name:40s} {words}", flush=True)
-    report["errors"] = errors
-    del judge
+    def __init__(self, workload: Workload) -> None:
+        hidden, classifier = workload.hidden, workload.classifier
+        num_classes = len(classifier)
+        self.workload, self.problem = workload, problem_of(workload)
+        self.head = Head(hidden, classifier, None, 1.0, None)
+        self.start = begin(self.head, workload.labels)
+        self.unit, self.most = mass_unit(num_classes), most_tail(self.problem)
+        shape = math.ceil(len(hidden) / 128), num_classes
+        self.mass = torch.zeros(shape, dtype=torch.bfloat16, device=hidden.device)
+        self.mass16 = torch.zeros_like(self.mass)
+        self.middle = centers(self.head, classifier=True, hidden=True)
+        self.lost, _ = stretch(self.head, self.middle)
 
-    found = sweep(start, middle, mass, size, longer=lost)
-    selections = {"auto": select(start, found[0].own, found[1], mass, most)} | {
-        above: select(start, found[0].own, found[1], mass / float(above), KEEP_ALL_LEVELS)
-        for above in ("4", "16")
-    }
-    fits = {name: pairs.num_rows.item() >= 0 for name, (pairs, _) in selections.items()}
-    corrected = {
-        name: correct(start, found, selected, middle, compare)
-        for name, selected in selections.items()
-        if fits[name]
-    }
-    right = corrected["16"]
-    if with_gradients:
-        exact = truth.truth(workload, Silent())
-        theirs = truth.relative_errors(truth.plain_pytorch(workload, Silent()), exact)
-        found_errors = {"PyTorch": vars(theirs)}
-        for name, one in corrected.items():
-            _, answer = gradients(workload, start, one, mass)
-            off = truth.relative_errors(answer(-one.log_prob.mean()), exact)
-            found_errors[f"8 bits, corrected >= {name}"] = vars(off)
-        of_16_too = eight_bit.Corrected(
-            of_16.others, of_16.lse, of_16.lse_low, of_16.log_prob, of_16.rest,
-            right.spread, right.selected,
-        )  # fmt: skip
-        _, answer = gradients(workload, start, of_16_too, mass16)
-        off = truth.relative_errors(answer(-of_16.log_prob.mean()), exact)
-        found_errors["16 bits"] = vars(off)
-        report["gradients"] = found_errors
-        for name, value in found_errors.items():
-            print(f"  gradients, {name}: {value}", flush=True)
-        del exact
+    def sweep_16(self) -> linear_lse.LinearLse:
+        """The sweep in 16 bits, with masses."""
+        own = Own(self.start.labels, self.start.target_logit)
+        columns = Columns(self.mass16, self.start.reference, self.unit)
+        size = choose_tiles(Kernel.MASS_LSE, self.head.hidden)
+        return linear_lse.linear_lse(self.head, self.start.kept, own, size, None, columns)
 
-    # --- time ---
-    logits = measure.logits_matmul(workload)
-    total = torch.empty(
-        max(eight_bit.launch_slots(tokens, one) for one in SWEEPS.values()),
-        dtype=torch.float32, device=hidden.device,
-    )  # fmt: skip
-    works: dict[str, Callable[[], object]] = {
-        "torch.mm": logits,
-        "16-bit sweep with masses": lambda: linear_lse.linear_lse(
-            head,
-            start.kept,
-            own,
-            choose_tiles(Kernel.MASS_LSE, hidden),
-            None,
-            Columns(mass16, start.reference, unit),
-        ),
-        "16-bit sweep without": lambda: linear_lse.linear_lse(
-            head, start.kept, own, choose_tiles(Kernel.LSE, hidden)
-        ),
-        "beginning: labels, probes, bound": lambda: begin(head, labels),
-        "centers": lambda: centers(head, classifier=True, hidden=True),
-        "rounding H": lambda: round_hidden(start, middle),
-        "rounding C, whole": lambda: round_classifier(classifier, middle, whole),
-    }
-    for name, one in SWEEPS.items():
-        for masses, shifted in ((True, True), (True, False), (False, True)):
-            works[f"sweep {name} masses={masses} shifted={shifted}"] = (
-                lambda one=one, masses=masses, shifted=shifted: eight_bit.sweep_classes(
-                    tokens,
-                    whole,
-                    total,
-                    mass if masses else None,
-                    one,
-                    first_class=0,
-                    mass_unit=unit,
-                    shifted=shifted,
+    def selection(self, found: Found, above: str) -> tuple[KeptPairs, Tensor]:
+        """The pairs that a gradient keeps, or those of so many units of mass."""
+        tokens, others8, _ = found
+        if above == "auto":
+            return select(self.start, tokens.own, others8, self.mass, self.most)
+        mass = self.mass / float(above)
+        return select(self.start, tokens.own, others8, mass, KEEP_ALL_LEVELS)
+
+    def loss_errors(self) -> dict[str, Any]:
+        """Errors of the loss, by what is centered, stretched and selected."""
+        judge = Judge(self.workload)
+        errors = judge.of_pytorch()
+        errors["16-bit sweep"] = judge.of_loss(self.sweep_16().others)
+        for name, (with_hidden, longer) in {
+            "C centered": (False, 0.0), "C centered, stretched": (False, self.lost),
+            "both centered": (True, 0.0), "both centered, stretched": (True, self.lost),
+        }.items():  # fmt: skip
+            taken = centers(self.head, classifier=True, hidden=with_hidden)
+            found = sweep(self.start, taken, self.mass, SWEEP, shifted=with_hidden, longer=longer)
+            errors[f"8 bits alone, {name}"] = judge.of_loss(found[1])
+            for most_probes in (2048, 8192):
+                begun = begin(self.head, self.workload.labels, most_probes)
+                others = with_probes(begun, found, taken, SWEEP, shifted=with_hidden)
+                errors[f"{most_probes} probes, {name}"] = {
+                    **judge.of_loss(others),
+                    "selected mass": (begun.reference - others).exp().mean().item(),
+                }
+            for above in SELECTIONS:
+                errors[f"corrected, {name}, mass >= {above}"] = self._corrected(
+                    judge, found, taken, above
                 )
-            )
-    works |= {
-        "sweep, rounding, in slices of 64 MiB": lambda: sweep(start, middle, mass, size),
-        "sweep, rounding, in slices of 128 MiB": lambda: sweep(
-            start, middle, mass, size, workspace=WORKSPACE * 2
-        ),
-        "sweep, rounding, whole": lambda: sweep(start, middle, mass, size, workspace=2**60),
-        "probes in 8 bits": lambda: with_probes(start, found, middle, size),
-    }
-    for above, selected in selections.items():
-        if above != "16":
-            works[f"selection, mass >= {above}"] = lambda above=above: select(
-                start, found[0].own, found[1], mass if above == "auto" else mass_of_4,
-                most if above == "auto" else KEEP_ALL_LEVELS,
-            )  # fmt: skip
-        if not fits[above]:
-            continue
-        works[f"correction >= {above}"] = lambda selected=selected: correct(
-            start, found, selected, middle, compare
+        for name, value in errors.items():
+            words = " ".join(f"{key} {number:.2e}" for key, number in value.items())
+            print(f"  {name:40s} {words or 'too many pairs'}", flush=True)
+        return errors
+
+    def _corrected(
+        self, judge: Judge, found: Found, taken: Centers, above: str
+    ) -> dict[str, float]:
+        selected = self.selection(found, above)
+        pairs, _ = selected
+        if pairs.num_rows.item() < 0:
+            return {}
+        right = correct(self.start, found, selected, taken, COMPARE)
+        units = 1.0 if above == "auto" else float(above)
+        kept = (self.mass / units).float() >= pairs.threshold[0][:, None]
+        guard = (1 - right.selected.double()) * right.spread.double()
+        p_ours, p_pytorch = judge.of_selected(right.lse, kept)
+        return {
+            **judge.of_loss(right.others),
+            "pairs": kept.float().mean().item(),
+            "popular": pairs.popular_count[0].item(),
+            "selected mass": right.selected.mean().item(),
+            "spread": right.spread.mean().item(),
+            "spread max": right.spread.max().item(),
+            "guard": guard.mean().item(),
+            "guard max": guard.max().item(),
+            "p on pairs": p_ours,
+            "p on pairs, PyTorch": p_pytorch,
+        }
+
+    def gradient_errors(self) -> dict[str, Any]:
+        """Of the backward as it is, from what each sweep has found."""
+        exact = truth.truth(self.workload, Silent())
+        theirs = truth.plain_pytorch(self.workload, Silent())
+        errors = {"PyTorch": vars(truth.relative_errors(theirs, exact))}
+        found = sweep(self.start, self.middle, self.mass, SWEEP, longer=self.lost)
+        for above in SELECTIONS:
+            selected = self.selection(found, above)
+            if selected[0].num_rows.item() < 0:
+                continue
+            right = correct(self.start, found, selected, self.middle, COMPARE)
+            answer = self.answer(right, self.mass)
+            errors[f"8 bits, corrected >= {above}"] = vars(truth.relative_errors(answer, exact))
+        of_16 = self.sweep_16()
+        unknown = of_16.lse
+        right = eight_bit.Corrected(
+            of_16.others, of_16.lse, of_16.lse_low, of_16.log_prob, present(of_16.rest), unknown,
+            unknown,
+        )  # fmt: skip
+        answer = self.answer(right, self.mass16)
+        errors["16 bits"] = vars(truth.relative_errors(answer, exact))
+        for name, value in errors.items():
+            print(f"  gradients, {name}: {value}", flush=True)
+        return errors
+
+    def backward(self, found: eight_bit.Corrected, mass: Tensor) -> Gradients:
+        """The backward as it is."""
+        backend = TritonBackend()
+        like = backend.forward_like(self.problem, for_backward=True)
+        statistics = like._replace(
+            lse=found.lse, target_logit=self.start.target_logit, log_prob=found.log_prob,
+            lse_low=found.lse_low, column_mass=mass, tail_mass=found.rest,
+        )  # fmt: skip
+        d_log_prob = torch.full_like(found.lse, -1 / len(found.lse))
+        cotangents = Cotangents(None, None, d_log_prob, None, None)
+        return backend.backward(self.problem, statistics, cotangents, Needs(True, True, False))
+
+    def answer(self, found: eight_bit.Corrected, mass: Tensor) -> truth.Answer:
+        """Loss and gradients."""
+        out = self.backward(found, mass)
+        return truth.Answer(
+            loss=-found.log_prob.mean().item(), d_hidden=present(out.hidden),
+            d_classifier=present(out.classifier),
+        )  # fmt: skip
+
+    def times(self) -> dict[str, float]:
+        """Of each part, and of all of them."""
+        works: dict[str, Callable[[], object]] = {"torch.mm": measure.logits_matmul(self.workload)}
+        works |= self._sweeps() | self._corrections() | self._whole()
+        return times_of(works, "torch.mm")
+
+    def _sweeps(self) -> dict[str, Callable[[], object]]:
+        start, middle, head, mass = self.start, self.middle, self.head, self.mass
+        whole = eight_bit.new_rounded(
+            len(head.classifier), head.classifier.shape[1], head.hidden.device
         )
-    mass_of_4 = mass / 4
+        round_classifier(head.classifier, middle, whole)
+        tokens = round_hidden(start, middle)
+        slots = max(eight_bit.launch_slots(tokens, one) for one in SWEEPS.values())
+        total = torch.empty(slots, dtype=torch.float32, device=mass.device)
+        own = Own(start.labels, start.target_logit)
+        works: dict[str, Callable[[], object]] = {
+            "16-bit sweep with masses": self.sweep_16,
+            "16-bit sweep without": lambda: linear_lse.linear_lse(
+                head, start.kept, own, choose_tiles(Kernel.LSE, head.hidden)
+            ),
+            "beginning: labels, probes, bound": lambda: begin(head, start.labels),
+            "centers": lambda: centers(head, classifier=True, hidden=True),
+            "rounding H": lambda: round_hidden(start, middle),
+            "rounding C, whole": lambda: round_classifier(head.classifier, middle, whole),
+        }
 
-    def everything() -> None:
-        begun = begin(head, labels)
-        taken = centers(head, classifier=True, hidden=True)
-        mass.zero_()
-        swept = sweep(begun, taken, mass, size, unit=4.0)
-        pairs = select(begun, swept[0].own, swept[1], mass, KEEP_ALL_LEVELS)
-        correct(begun, swept, pairs, taken, compare)
+        def one_launch(size: Tiles, masses: Tensor | None, *, shifted: bool) -> None:
+            eight_bit.sweep_classes(
+                tokens, whole, total, masses, size, first_class=0, mass_unit=self.unit,
+                shifted=shifted,
+            )  # fmt: skip
 
-    def loss_only() -> None:
-        begun = begin(head, labels)
-        taken = centers(head, classifier=True, hidden=True)
-        with_probes(begun, sweep(begun, taken, None, size), taken, size)
+        for name, size in SWEEPS.items():
+            for masses, shifted in ((mass, True), (mass, False), (None, True)):
+                words = f"sweep {name} masses={masses is not None} shifted={shifted}"
+                works[words] = partial(one_launch, size, masses, shifted=shifted)
+        for name, workspace in {
+            "in slices of 64 MiB": WORKSPACE, "in slices of 128 MiB": 2 * WORKSPACE,
+            "whole": 2**60,
+        }.items():  # fmt: skip
+            works[f"sweep, rounding, {name}"] = partial(
+                sweep, start, middle, mass, SWEEP, workspace=workspace
+            )
+        return works
 
-    works["whole forward, 8 bits, for a backward"] = everything
-    works["whole forward, 8 bits, loss only, probes"] = loss_only
-    backend = TritonBackend()
-    works["whole forward, 16 bits, for a backward"] = lambda: backend.forward(
-        problem, for_backward=True
-    )
-    works["whole forward, 16 bits, loss only"] = lambda: backend.forward(
-        problem, for_backward=False
-    )
-    kept_mass = mass.clone()
-    works["backward as it is"] = gradients(workload, start, right, kept_mass)[0]
-    report["times"] = times_of(works, "torch.mm")
+    def _corrections(self) -> dict[str, Callable[[], object]]:
+        start, middle = self.start, self.middle
+        found = sweep(start, middle, self.mass, SWEEP, longer=self.lost)
+        works: dict[str, Callable[[], object]] = {
+            "probes in 8 bits": lambda: with_probes(start, found, middle, SWEEP)
+        }
+        for above in SELECTIONS:
+            works[f"selection, mass >= {above}"] = partial(self.selection, found, above)
+            selected = self.selection(found, above)
+            if selected[0].num_rows.item() >= 0:
+                works[f"correction >= {above}"] = partial(
+                    correct, start, found, selected, middle, COMPARE
+                )
+        return works
+
+    def _whole(self) -> dict[str, Callable[[], object]]:
+        head, labels, mass = self.head, self.workload.labels, torch.zeros_like(self.mass)
+        backend = TritonBackend()
+
+        def for_backward(unit: float) -> eight_bit.Corrected:
+            begun = begin(head, labels)
+            taken = centers(head, classifier=True, hidden=True)
+            mass.zero_()
+            swept = sweep(begun, taken, mass, SWEEP, unit=unit)
+            selected = select(begun, swept[0].own, swept[1], mass, KEEP_ALL_LEVELS)
+            return correct(begun, swept, selected, taken, COMPARE)
+
+        def loss_only() -> Tensor:
+            begun = begin(head, labels)
+            taken = centers(head, classifier=True, hidden=True)
+            return with_probes(begun, sweep(begun, taken, None, SWEEP), taken, SWEEP)
+
+        found = for_backward(16.0)
+        return {
+            "whole forward, 8 bits, corrected >= 4": lambda: for_backward(4.0),
+            "whole forward, 8 bits, corrected >= 16": lambda: for_backward(16.0),
+            "whole forward, 8 bits, loss only, probes": loss_only,
+            "whole forward, 16 bits, for a backward": lambda: backend.forward(
+                self.problem, for_backward=True
+            ),
+            "whole forward, 16 bits, loss only": lambda: backend.forward(
+                self.problem, for_backward=False
+            ),
+            "backward as it is": lambda: self.backward(found, self.mass),
+        }
+
+
+def study(workload: Workload, *, with_gradients: bool) -> dict[str, Any]:
+    """Errors and times of one workload."""
+    one = Study(workload)
+    report: dict[str, Any] = {"errors": one.loss_errors()}
+    if with_gradients:
+        report["gradients"] = one.gradient_errors()
+    report["times"] = one.times()
     return report
 
 

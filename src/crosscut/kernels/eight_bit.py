@@ -57,6 +57,8 @@ from crosscut.kernels.tiles import (
 LARGEST = tl.constexpr(448.0)
 """Of e4m3."""
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 ROUND_ROWS, ROUND_D = 8, 256
 """Rows of a program that rounds, and dimensions at a time."""
 
@@ -67,6 +69,15 @@ class Rounded(NamedTuple):
     rows: Tensor  # [R, D] float8_e4m3fn
     scale: Tensor  # [R] float32
     shift: Tensor  # [R] float32, what each row adds to a logit
+
+
+@triton.jit
+def to_e4m3(x):
+    """``x`` in 8 bits, rounded to the nearest."""
+    if INTERPRETED:  # where the carry into the exponent is lost
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + (1 << 19)) & -(1 << 20)).to(tl.float32, bitcast=True)
+    return x.to(tl.float8e4nv)
 
 
 @kernel
@@ -117,7 +128,7 @@ def round_rows_kernel(
         place = matrix_rows + d.to(tl.int64)[None, :] * stride_d
         x = tl.load(place, mask=mask, other=0.0).to(tl.float32)
         center = tl.load(center_ptr + d, mask=d < hidden_size, other=0.0)[None, :]
-        rounded = (tl.where(mask, x - center, 0.0) * inverse[:, None]).to(tl.float8e4nv)
+        rounded = to_e4m3(tl.where(mask, x - center, 0.0) * inverse[:, None])
         mask = inside[:, None] & (d < hidden_size)[None, :]
         tl.store(rounded_rows + d[None, :], rounded, mask=mask)
 
@@ -483,7 +494,7 @@ def compare_pairs_kernel(
                     product = dot_tile(c, h.T, product, PRECISION)
                     center = tl.load(center_ptr + first_d + offsets, mask=inside, other=0.0)
                     c8 = (c.to(tl.float32) - center[None, :]) * inverse[:, None]
-                    c8 = tl.where(inside[None, :], c8, 0.0).to(tl.float8e4nv)
+                    c8 = to_e4m3(tl.where(inside[None, :], c8, 0.0))
                     h8 = rounded_desc.load([block * BLOCK_N, first_d])
                     rounded_product = dot_rounded(c8, h8.T, rounded_product, PRECISION)
 
