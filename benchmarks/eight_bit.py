@@ -27,24 +27,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crosscut.backends.column_filter import mass_unit, most_tail
 from crosscut.backends.protocol import Cotangents, Gradients, HeadProblem, Needs
 from crosscut.backends.triton import TritonBackend
-from crosscut.backends.triton.column_filter import mass_unit, most_tail
-from crosscut.backends.triton.forward import MOST_SCOUTS
+from crosscut.backends.triton.forward import MOST_PROBES
 from crosscut.bench import measure, real_head, truth, workloads
 from crosscut.bench.progress import Silent
 from crosscut.bench.real_head import RealHead
 from crosscut.bench.workloads import Workload
+from crosscut.device.tiles import Kernel, Tiles, choose_tiles
+from crosscut.device.workspace import Layout, Region, Workspace
 from crosscut.kernels import eight_bit, linear_lse, pair_matmul
 from crosscut.kernels.flags import flagged_first
 from crosscut.kernels.indexed_matmul import indexed_matmul
-from crosscut.kernels.kept_pairs import KeptPairs, kept_pairs
-from crosscut.kernels.kept_rows import KeptRows, kept_tokens
-from crosscut.kernels.linear_lse import Columns, Own, Wanted
+from crosscut.kernels.linear_lse import Columns, Wanted
+from crosscut.kernels.logits_tile import Head
 from crosscut.kernels.move_rows import move_rows
-from crosscut.kernels.scratch import Scratch
+from crosscut.kernels.partial_statistics import LinearLse, Own
+from crosscut.kernels.selected_pairs import Limits, SelectedPairs, list_shapes, select_pairs
 from crosscut.kernels.softmax_gradient import Tokens
-from crosscut.kernels.tiles import Head, Kernel, Tiles, choose_tiles
+from crosscut.kernels.valid_rows import ValidRows, valid_rows_of
 from crosscut.options import HeadOptions
 
 ROUNDS = 5
@@ -89,16 +91,16 @@ class Start(NamedTuple):
 
     head: Head
     labels: Tensor
-    kept: KeptRows
+    rows: ValidRows
     target_logit: Tensor
     reference: Tensor
     probes: Tensor
     of_probes: Head
 
 
-def begin(head: Head, labels: Tensor, most_probes: int = MOST_SCOUTS) -> Start:
+def begin(head: Head, labels: Tensor, most_probes: int = MOST_PROBES) -> Start:
     """Own logits, and a lower bound of the log-sum-exp from the probe classes."""
-    kept = kept_tokens(labels)
+    rows = valid_rows_of(labels)
     num_classes = len(head.classifier)
     num_probes = min(most_probes, num_classes // 16)
     flags = torch.zeros(num_classes, dtype=torch.int8, device=labels.device)
@@ -110,9 +112,9 @@ def begin(head: Head, labels: Tensor, most_probes: int = MOST_SCOUTS) -> Start:
     of_probes = head._replace(classifier=some)
     own = Own(labels, target_logit)
     reference = linear_lse.linear_lse(
-        of_probes, kept, own, choose_tiles(Kernel.LSE, head.hidden), Wanted(class_ids=probes)
+        of_probes, rows, own, choose_tiles(Kernel.LSE, head.hidden), Wanted(class_ids=probes)
     ).others
-    return Start(head, labels, kept, target_logit, reference, probes, of_probes)
+    return Start(head, labels, rows, target_logit, reference, probes, of_probes)
 
 
 class Centers(NamedTuple):
@@ -165,7 +167,7 @@ def stretch(head: Head, middle: Centers) -> tuple[float, float]:
 
 def round_hidden(start: Start, middle: Centers, longer: float = 0.0) -> eight_bit.EightBitTokens:
     """The tokens in 8 bits, side by side; ``longer`` makes up for what sums lose."""
-    hidden, rows = start.head.hidden, start.kept.rows
+    hidden, rows = start.head.hidden, start.rows.rows
     out = eight_bit.new_rounded(len(hidden), hidden.shape[1], hidden.device)
     eight_bit.round_rows(
         out, hidden, middle.hidden, middle.classifier, index=rows, center_first=False
@@ -173,7 +175,7 @@ def round_hidden(start: Start, middle: Centers, longer: float = 0.0) -> eight_bi
     out.scale.mul_(1 + longer)
     at = rows.clamp_min(0).long()
     bound = (start.reference[at] - out.shift * start.head.logit_scale) * LOG2_E
-    return eight_bit.EightBitTokens(start.kept.count, out, start.labels[at], bound)
+    return eight_bit.EightBitTokens(start.rows.count, out, start.labels[at], bound)
 
 
 def round_classifier(classifier: Tensor, middle: Centers, out: eight_bit.Rounded) -> None:
@@ -221,44 +223,45 @@ def sweep(
 
 def select(
     start: Start, own: Tensor, others8: Tensor, mass: Tensor, most: float
-) -> tuple[KeptPairs, Tensor]:
-    """The selected pairs and rows of C of the popular classes, were all cotangents equal."""
-    head, kept = start.head, start.kept
+) -> tuple[SelectedPairs, Tensor]:
+    """The selected pairs and rows of C of the hot classes, were all cotangents equal."""
+    head, rows = start.head, start.rows
     classifier, hidden = head.classifier, head.hidden
     blocks, num_classes = mass.shape
-    own_logit = start.target_logit[kept.rows.clamp_min(0).long()]
+    own_logit = start.target_logit[rows.rows.clamp_min(0).long()]
     lse = torch.logaddexp(others8, own_logit)
     vectors = hidden.new_zeros(len(hidden), 6, dtype=torch.float32)
     vectors[:, 0], vectors[:, 1], vectors[:, 5] = lse, 1.0, (others8 - lse).exp()
-    tokens = Tokens(kept.count, hidden, own, vectors)
-    most_popular = min(math.ceil(num_classes / 8), 3 * 2**25 // (2 * hidden.shape[1]))
+    tokens = Tokens(rows.count, hidden, own, vectors)
+    most_hot = min(math.ceil(num_classes / 8), 3 * 2**25 // (2 * hidden.shape[1]))
     slots = blocks * math.ceil(num_classes / 4 / PAIR_SLOTS) * PAIR_SLOTS
-    pairs = kept_pairs(
-        mass, tokens, torch.empty_like(mass), Scratch(hidden.device),
-        block_n=128, num_slots=slots, block_slots=PAIR_SLOTS, most_tail=most,
-        most_popular=most_popular, late_from=num_classes, most_late=0,
+    shapes = {"tail_mass": (mass.shape, mass.dtype), **list_shapes(blocks, num_classes, slots)}
+    layout = Layout({name: Region(tuple(shape), dtype) for name, (shape, dtype) in shapes.items()})
+    pairs = select_pairs(
+        mass, tokens, Workspace(layout, hidden.device), Limits(most, most_hot, num_classes, 0),
+        block_n=128, block_slots=PAIR_SLOTS,
     )  # fmt: skip
-    of_popular = classifier.new_empty(len(pairs.popular), classifier.shape[1])
-    pair_matmul.popular_head(of_popular, classifier, pairs, block_slots=PAIR_SLOTS)
-    return pairs, of_popular
+    hot_head = classifier.new_empty(len(pairs.hot), classifier.shape[1])
+    pair_matmul.gather_hot_head(hot_head, classifier, pairs, block_slots=PAIR_SLOTS)
+    return pairs, hot_head
 
 
 def correct(
     start: Start,
     found: Found,
-    selected: tuple[KeptPairs, Tensor],
+    selected: tuple[SelectedPairs, Tensor],
     middle: Centers,
     size: Tiles,
 ) -> eight_bit.Corrected:
     tokens, others8, rounded = found
-    pairs, of_popular = selected
+    pairs, hot_head = selected
     given = eight_bit.Comparison(
-        start.head.hidden, start.head.classifier, of_popular, rounded.scale, rounded.shift,
+        start.head.hidden, start.head.classifier, hot_head, rounded.scale, rounded.shift,
         middle.classifier,
     )  # fmt: skip
     tokens = tokens._replace(num_rows=pairs.num_rows)
     return eight_bit.correct(
-        tokens, others8, start.target_logit, start.kept.rows, pairs, given, size,
+        tokens, others8, start.target_logit, start.rows.rows, pairs, given, size,
         logit_scale=start.head.logit_scale,
     )  # fmt: skip
 
@@ -284,7 +287,7 @@ def with_probes(
     of_probes = eight_bit.add_slices(
         tokens, total, None, size, num_classes=len(rows), launch_classes=len(rows)
     )
-    at = start.kept.rows.clamp_min(0).long()
+    at = start.rows.rows.clamp_min(0).long()
     ratio = 1 + (start.reference[at] - others8).double().exp() - (of_probes - others8).exp()
     return others8 + ratio.log()
 
@@ -423,14 +426,14 @@ class Study:
         self.middle = centers(self.head, classifier=True, hidden=True)
         self.lost, _ = stretch(self.head, self.middle)
 
-    def sweep_16(self) -> linear_lse.LinearLse:
+    def sweep_16(self) -> LinearLse:
         """The sweep in 16 bits, with masses."""
         own = Own(self.start.labels, self.start.target_logit)
         columns = Columns(self.mass16, self.start.reference, self.unit)
         size = choose_tiles(Kernel.MASS_LSE, self.head.hidden)
-        return linear_lse.linear_lse(self.head, self.start.kept, own, size, None, columns)
+        return linear_lse.linear_lse(self.head, self.start.rows, own, size, None, columns)
 
-    def selection(self, found: Found, above: str) -> tuple[KeptPairs, Tensor]:
+    def selection(self, found: Found, above: str) -> tuple[SelectedPairs, Tensor]:
         """The pairs that a gradient keeps, or those of so many units of mass."""
         tokens, others8, _ = found
         if above == "auto":
@@ -481,7 +484,7 @@ class Study:
         return {
             **judge.of_loss(right.others),
             "pairs": kept.float().mean().item(),
-            "popular": pairs.popular_count[0].item(),
+            "hot": pairs.hot_count[0].item(),
             "selected mass": right.selected.mean().item(),
             "spread": right.spread.mean().item(),
             "spread max": right.spread.max().item(),
@@ -555,7 +558,7 @@ class Study:
         works: dict[str, Callable[[], object]] = {
             "16-bit sweep with masses": self.sweep_16,
             "16-bit sweep without": lambda: linear_lse.linear_lse(
-                head, start.kept, own, choose_tiles(Kernel.LSE, head.hidden)
+                head, start.rows, own, choose_tiles(Kernel.LSE, head.hidden)
             ),
             "beginning: labels, probes, bound": lambda: begin(head, start.labels),
             "centers": lambda: centers(head, classifier=True, hidden=True),

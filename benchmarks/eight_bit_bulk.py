@@ -23,9 +23,10 @@ from eight_bit import tiles, times_of
 from torch import Tensor
 
 from crosscut.bench.workloads import MODELS
+from crosscut.device.launch import kernel
+from crosscut.device.tiles import Tiles, descriptor, num_programs
 from crosscut.kernels.eight_bit import dot_rounded
-from crosscut.kernels.launch import kernel
-from crosscut.kernels.tiles import Tiles, column_part, descriptor, num_programs
+from crosscut.kernels.logits_tile import column_part
 
 DZ_BYTES = 2**28
 """Of dz in one order, a chunk."""

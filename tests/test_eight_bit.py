@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crosscut.device.tiles import Tiles
+from crosscut.device.workspace import Layout, Region, Workspace
 from crosscut.kernels import eight_bit
-from crosscut.kernels.kept_pairs import KeptPairs, kept_pairs
-from crosscut.kernels.kept_rows import kept_rows
-from crosscut.kernels.pair_matmul import popular_head
-from crosscut.kernels.scratch import Scratch
+from crosscut.kernels.pair_matmul import gather_hot_head
+from crosscut.kernels.selected_pairs import Limits, SelectedPairs, list_shapes, select_pairs
 from crosscut.kernels.softmax_gradient import Tokens
-from crosscut.kernels.tiles import Tiles
+from crosscut.kernels.valid_rows import list_valid_rows
 
 LOG2_E = 1 / math.log(2)
 TILES = Tiles(
@@ -106,15 +106,20 @@ def test_a_sweep_sums_the_rounded_logits(
         assert (mass[block] >= tile.sum(0) * (1 - rounding))[~own].all()  # never too small
 
 
-def select(problem: tuple[Tensor, Tensor, Tensor], mass: Tensor, unit: float) -> KeptPairs:
+def select(problem: tuple[Tensor, Tensor, Tensor], mass: Tensor, unit: float) -> SelectedPairs:
     hidden, _, labels = problem
     vectors = torch.ones(len(hidden), 6)
     tokens = Tokens(torch.tensor([len(hidden)], dtype=torch.int32), hidden, labels, vectors)
-    return kept_pairs(
-        (mass / unit).bfloat16(), tokens, mass.bfloat16(), Scratch(hidden.device),
-        block_n=TILES.block_n, num_slots=64 * 64, block_slots=TILES.block_v,
-        most_tail=torch.finfo(torch.float32).max, most_popular=128,
-        late_from=mass.shape[1], most_late=0,
+    mass = mass.bfloat16() / unit
+    shapes = {
+        "tail_mass": (mass.shape, mass.dtype),
+        **list_shapes(len(mass), mass.shape[1], 64 * 64),
+    }
+    layout = Layout({name: Region(tuple(shape), dtype) for name, (shape, dtype) in shapes.items()})
+    limits = Limits(torch.finfo(torch.float32).max, 128, mass.shape[1], 0)
+    return select_pairs(
+        mass, tokens, Workspace(layout, hidden.device), limits,
+        block_n=TILES.block_n, block_slots=TILES.block_v,
     )  # fmt: skip
 
 
@@ -123,12 +128,12 @@ def test_selected_pairs_are_in_16_bits(problem: tuple[Tensor, Tensor, Tensor], u
     hidden, classifier, labels = problem
     tokens, others8, mass, c8, center = sweep(problem, 128)
     pairs = select(problem, mass, unit)
-    head = classifier.new_zeros(len(pairs.popular), HIDDEN_SIZE)
-    popular_head(head, classifier, pairs, block_slots=TILES.block_v)
+    head = classifier.new_zeros(len(pairs.hot), HIDDEN_SIZE)
+    gather_hot_head(head, classifier, pairs, block_slots=TILES.block_v)
     own_logit = (hidden.float() * classifier[labels].float()).sum(1)
     given = eight_bit.Comparison(hidden, classifier, head, c8.scale, c8.shift, center)
     found = eight_bit.correct(
-        tokens, others8, own_logit, kept_rows(labels).rows, pairs, given, TILES
+        tokens, others8, own_logit, list_valid_rows(labels).rows, pairs, given, TILES
     )
     z = hidden.double() @ classifier.double().T
     right = F.cross_entropy(z, labels, reduction="none")

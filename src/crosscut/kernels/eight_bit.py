@@ -2,8 +2,8 @@
 
 The log-sum-exp of a token is a sum of a few large terms and very many small ones. Of the small ones
 only the sum counts, in which roundings average out: their logits are products of e4m3 operands, at
-twice the rate. Of the selected pairs (block of tokens, class) of :mod:`.kept_pairs`, which have the
-large terms, logits are made in both precisions, and with ``others8`` the log-sum-exp of the sweep
+twice the rate. The pairs (block of tokens, class) that :mod:`.selected_pairs` lists have the large
+terms. Their logits are made in both precisions, and with ``others8`` the log-sum-exp of the sweep
 
     others = others8 + log(1 + sum_selected exp(z16 - others8) - exp(z8 - others8))
 
@@ -41,18 +41,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crosscut.kernels.kept_pairs import KeptPairs
-from crosscut.kernels.launch import kernel
-from crosscut.kernels.linear_lse import KEPT, MORE_GROUPS, first_own, share_of, slices_of
-from crosscut.kernels.tiles import (
-    LOG2_E,
-    Tiles,
-    column_part,
-    descriptor,
-    dot_tile,
-    num_programs,
-    tiles_in_group,
-)
+from crosscut.device.launch import kernel
+from crosscut.device.tiles import Tiles, descriptor, num_programs, tiles_in_group
+from crosscut.kernels.linear_lse import first_own, most_parts, share_of, slices_of
+from crosscut.kernels.logits_tile import LOG2_E, column_part, dot_tile
+from crosscut.kernels.partial_statistics import SELECTED
+from crosscut.kernels.selected_pairs import SelectedPairs
 
 LARGEST = tl.constexpr(448.0)
 """Of e4m3."""
@@ -284,7 +278,7 @@ def add_slices_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Program b owns block b: its ``others8``, and KEPT at its own classes."""
+    """Program b owns block b: its ``others8``, and SELECTED at its own classes."""
     num_rows = tl.load(num_rows_ptr)
     token_tiles = tl.cdiv(num_rows, BLOCK_N)
     block = tl.program_id(0)
@@ -307,7 +301,7 @@ def add_slices_kernel(
         own = tl.load(own_ptr + rows, mask=valid, other=-1)
         known = (own >= 0) & (own < num_classes)
         mass = column_mass_ptr + block.to(tl.int64) * num_classes + own
-        tl.store(mass, tl.full((BLOCK_N,), KEPT, tl.float32), mask=known)
+        tl.store(mass, tl.full((BLOCK_N,), SELECTED, tl.float32), mask=known)
 
 
 class EightBitTokens(NamedTuple):
@@ -321,12 +315,9 @@ class EightBitTokens(NamedTuple):
 
 def launch_slots(tokens: EightBitTokens, tiles: Tiles) -> int:
     """Floats that a launch writes at most."""
-    num_tokens = len(tokens.own)
-    token_tiles = triton.cdiv(num_tokens, tiles.block_n)
-    most_tiles = tiles_in_group(tokens.hidden.rows, tiles)
-    most_groups = min(triton.cdiv(token_tiles, most_tiles) + MORE_GROUPS.value, token_tiles)
     programs = tiles.programs * num_programs(tokens.own.device)
-    return tiles.block_n * (most_groups * programs + token_tiles)
+    most_tiles = tiles_in_group(tokens.hidden.rows, tiles)
+    return most_parts(len(tokens.own), programs, most_tiles, tiles)
 
 
 def sweep_classes(
@@ -393,7 +384,7 @@ def add_slices(
     launch_classes: int,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """``others8`` [N] float32 of all launches; KEPT in ``column_mass`` at own classes."""
+    """``others8`` [N] float32 of all launches; SELECTED in ``column_mass`` at own classes."""
     others = torch.empty_like(tokens.start)
     slots = launch_slots(tokens, tiles)
     add_slices_kernel[(triton.cdiv(len(tokens.own), tiles.block_n),)](
@@ -416,14 +407,14 @@ def compare_pairs_kernel(
     others_ptr,
     own_ptr,
     classifier_ptr,
-    head_desc,  # [popular, D]
+    hot_head_desc,  # [hot, D]
     classifier_scale_ptr,
     classifier_shift_ptr,
     center_ptr,
     columns_ptr,
     cell_start_ptr,
-    popular_ptr,
-    popular_count_ptr,
+    hot_ptr,
+    hot_count_ptr,
     difference_ptr,
     square_ptr,
     mass_ptr,
@@ -443,8 +434,8 @@ def compare_pairs_kernel(
     PARTS: tl.constexpr = 4
     num_rows = tl.load(num_rows_ptr)
     blocks = tl.cdiv(tl.maximum(num_rows, 0), BLOCK_N)
-    num_popular = tl.load(popular_count_ptr)
-    popular_tiles = tl.cdiv(num_popular, SLOTS)
+    num_hot = tl.load(hot_count_ptr)
+    hot_tiles = tl.cdiv(num_hot, SLOTS)
     most_tiles = 0
     for block in range(blocks):
         start = cell_start_ptr + block * (cells + 1)
@@ -452,19 +443,19 @@ def compare_pairs_kernel(
         most_tiles = tl.maximum(most_tiles, tl.cdiv(pairs, SLOTS))
     offsets = tl.arange(0, BLOCK_D)
     programs = tl.num_programs(0)
-    for POPULAR in tl.static_range(1, -1, -1):
-        tiles = (popular_tiles if POPULAR else most_tiles) * blocks
+    for HOT in tl.static_range(1, -1, -1):
+        tiles = (hot_tiles if HOT else most_tiles) * blocks
         first_index = tl.program_id(0)
-        if not POPULAR:
-            first_index = (first_index + programs - popular_tiles * blocks % programs) % programs
+        if not HOT:
+            first_index = (first_index + programs - hot_tiles * blocks % programs) % programs
         for index in range(first_index, tiles, programs):
-            if POPULAR:
-                block = index // popular_tiles
-                first_rank = index % popular_tiles * SLOTS
+            if HOT:
+                block = index // hot_tiles
+                first_rank = index % hot_tiles * SLOTS
                 slots = first_rank + tl.arange(0, SLOTS)
-                valid_slots = slots < num_popular
-                classes = tl.load(popular_ptr + slots, mask=valid_slots, other=0)
-                slot_tile = index % popular_tiles * num_blocks + block
+                valid_slots = slots < num_hot
+                classes = tl.load(hot_ptr + slots, mask=valid_slots, other=0)
+                slot_tile = index % hot_tiles * num_blocks + block
                 some = True
             else:
                 block = index % blocks
@@ -485,8 +476,8 @@ def compare_pairs_kernel(
                 rounded_product = tl.zeros((SLOTS, BLOCK_N), tl.float32)
                 for first_d in range(0, hidden_size, BLOCK_D):
                     inside = offsets < hidden_size - first_d
-                    if POPULAR:
-                        c = head_desc.load([first_rank, first_d])
+                    if HOT:
+                        c = hot_head_desc.load([first_rank, first_d])
                     else:
                         d = (first_d + offsets).to(tl.int64)[None, :] * stride_d
                         c = tl.load(classifier_rows + d, mask=inside[None, :], other=0.0)
@@ -534,7 +525,7 @@ def correct_kernel(
     num_rows_ptr,
     rows_ptr,
     cell_start_ptr,
-    popular_count_ptr,
+    hot_count_ptr,
     difference_ptr,
     square_ptr,
     mass_ptr,
@@ -564,12 +555,12 @@ def correct_kernel(
     difference = tl.zeros((BLOCK_N,), tl.float32)
     square = tl.zeros((BLOCK_N,), tl.float32)
     mass = tl.zeros((BLOCK_N,), tl.float32)
-    popular_tiles = tl.cdiv(tl.load(popular_count_ptr), SLOTS)
-    tiles = popular_tiles + tl.cdiv(end - start, SLOTS)
+    hot_tiles = tl.cdiv(tl.load(hot_count_ptr), SLOTS)
+    tiles = hot_tiles + tl.cdiv(end - start, SLOTS)
     for first in range(0, tiles, TILES):
         index = first + tl.arange(0, TILES)
-        of_pairs = start // SLOTS + index - popular_tiles
-        tile = tl.where(index < popular_tiles, index * num_blocks + block, of_pairs)
+        of_pairs = start // SLOTS + index - hot_tiles
+        tile = tl.where(index < hot_tiles, index * num_blocks + block, of_pairs)
         place = tile[:, None] * BLOCK_N + in_block[None, :]
         inside = (index < tiles)[:, None] & valid[None, :]
         difference += tl.sum(tl.load(difference_ptr + place, mask=inside, other=0.0), 0)
@@ -614,7 +605,7 @@ class Comparison(NamedTuple):
 
     hidden: Tensor  # [N, D] in 16 bits, the rows that take part side by side
     classifier: Tensor  # [V, D] in 16 bits
-    head: Tensor  # rows of popular classes, side by side
+    hot_head: Tensor  # rows of hot classes, side by side
     scale: Tensor  # [V] float32, of the rounded rows
     shift: Tensor | None  # [V] float32
     center: Tensor  # [D] float32
@@ -625,7 +616,7 @@ def correct(
     others8: Tensor,
     own_logit: Tensor,
     rows: Tensor,
-    pairs: KeptPairs,
+    pairs: SelectedPairs,
     given: Comparison,
     tiles: Tiles,
     *,
@@ -654,15 +645,15 @@ def correct(
         tokens.num_rows, descriptor(given.hidden, block, tiles),
         descriptor(tokens.hidden.rows, block, tiles), tokens.hidden.scale, tokens.hidden.shift,
         others8, tokens.own, given.classifier,
-        descriptor(given.head, (tiles.block_v, tiles.block_d), tiles),
+        descriptor(given.hot_head, (tiles.block_v, tiles.block_d), tiles),
         given.scale, given.shift, given.center,
-        pairs.columns, pairs.cell_start, pairs.popular, pairs.popular_count, *sums,
+        pairs.columns, pairs.cell_start, pairs.hot, pairs.hot_count, *sums,
         blocks, cells, given.hidden.shape[1], *given.classifier.stride(), logit_scale,
         TILE=tiles.constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     found = Corrected(*(torch.empty_like(own_logit) for _ in Corrected._fields))
     correct_kernel[(blocks,)](
-        tokens.num_rows, rows, pairs.cell_start, pairs.popular_count, *sums, others8, own_logit,
+        tokens.num_rows, rows, pairs.cell_start, pairs.hot_count, *sums, others8, own_logit,
         *found, cells, blocks, BLOCK_N=tiles.block_n, SLOTS=tiles.block_v, TILES=32, num_warps=8,
     )  # fmt: skip
     return found
