@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import eight_bit_kernels as eight_bit
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,7 +38,7 @@ from crosscut.bench.real_head import RealHead
 from crosscut.bench.workloads import Workload
 from crosscut.device.tiles import Kernel, Tiles, choose_tiles
 from crosscut.device.workspace import Layout, Region, Workspace
-from crosscut.kernels import eight_bit, linear_lse, pair_matmul
+from crosscut.kernels import linear_lse, pair_matmul
 from crosscut.kernels.flags import flagged_first
 from crosscut.kernels.indexed_matmul import indexed_matmul
 from crosscut.kernels.linear_lse import Columns, Wanted

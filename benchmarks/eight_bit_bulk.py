@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 import triton.language as tl
 from eight_bit import tiles, times_of
+from eight_bit_kernels import dot_rounded
 from torch import Tensor
 
 from crosscut.bench.workloads import MODELS
 from crosscut.device.launch import kernel
 from crosscut.device.tiles import Tiles, descriptor, num_programs
-from crosscut.kernels.eight_bit import dot_rounded
 from crosscut.kernels.logits_tile import column_part
 
 DZ_BYTES = 2**28

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import INTERPRETED
 from torch import Tensor
+
+pytest.importorskip("triton")
+if not INTERPRETED:
+    pytest.skip("needs Triton's interpreter", allow_module_level=True)
 
 from crosscut.device.tiles import Tiles
 from crosscut.device.workspace import Layout, Region, Workspace
-from crosscut.kernels import eight_bit
 from crosscut.kernels.pair_matmul import gather_hot_head
 from crosscut.kernels.selected_pairs import Limits, SelectedPairs, list_shapes, select_pairs
 from crosscut.kernels.softmax_gradient import Tokens
 from crosscut.kernels.valid_rows import list_valid_rows
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import eight_bit_kernels as eight_bit
 
 LOG2_E = 1 / math.log(2)
 TILES = Tiles(

@@ -32,6 +32,9 @@ float32, and float64 per token in the end.
 2VD bytes are read and VD written to round it.
 """
 
+# pyright: reportIndexIssue=none
+# (kernels are launched by subscript, which Triton's types do not show)
+
 from __future__ import annotations
 
 from typing import NamedTuple
