@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -1
-"""The label of a row that takes no part: no statistic, no gradient."""
+"""The label of a row that is not valid: no statistic, no gradient."""
 
 
 def flatten(

@@ -108,7 +108,7 @@ class DistillationProblem:
 
     Attributes:
         student: the student's head, at the temperature of the divergence. Its labels say which
-            rows take part, and are the targets of the hard loss.
+            rows are valid, and are the targets of the hard loss.
         teacher: the teacher's head, at the same temperature.
         divergence: ``"forward"``, ``"reverse"`` or ``"js"``.
         beta: share of the teacher in the mixture of ``"js"``.
@@ -124,7 +124,7 @@ class DistillationProblem:
 
 
 class Divergences(NamedTuple):
-    """What a student's forward returns, [N] each, 0 at rows that take no part."""
+    """What a student's forward returns, [N] each, 0 at rows that are not valid."""
 
     divergence: Tensor
     hard_loss: Tensor  # cross-entropy of the logits times the temperature; [0] if no one wants it
@@ -143,7 +143,7 @@ class DivergenceCotangents(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What a forward returns. [N] vectors are 0 at rows that take no part.
+    """What a forward returns. [N] vectors are 0 at rows that are not valid.
 
     With ``p = exp(z - lse)`` the softmax, ``entropy = -sum_v p[n, v] log p[n, v]``. The rank of a
     target is the number of classes that come before it where they are sorted by descending logit,
@@ -230,7 +230,7 @@ def own_log_prob(labels: Tensor, own: Tensor, log_prob: Tensor) -> Tensor:
 def row_cotangents(
     problem: HeadProblem, statistics: Statistics, cotangents: Cotangents
 ) -> RowCotangents:
-    """What the cotangents come to, row by row; undefined at rows that take no part.
+    """What the cotangents come to, row by row; undefined at rows that are not valid.
 
     ``1 - p`` is taken from the log-probability and not as a difference: at a token that the model
     is sure of, all of the gradient is in it.

@@ -21,7 +21,7 @@ cross-entropy. It is stored by chunks of classes, as in :mod:`.softmax_gradient`
 
 **Who owns what.** In a sweep a program owns a token tile and a slice of the vocabulary, as in
 :mod:`.linear_lse`, and has the products of both heads in registers at once. In the gradient it owns
-tiles as in :mod:`.softmax_gradient`. Tokens are those that take part, side by side, then zeros.
+tiles as in :mod:`.softmax_gradient`. Tokens are the valid ones, side by side, then zeros.
 Stores are plain, and slices are combined in order: reruns are bitwise equal.
 
 **Cost.** 2NV(D + E) flop per sweep, and as much for the gradient, D and E being both hidden sizes.
@@ -248,7 +248,7 @@ def combine_divergence_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Program i owns BLOCK_N tokens; slices in order. 0 at tokens that take no part."""
+    """Program i owns BLOCK_N tokens; slices in order. 0 at tokens that are not valid."""
     token_tiles = tl.cdiv(tl.load(num_rows_ptr), BLOCK_N)
     class_tiles = tl.cdiv(num_classes, BLOCK_V)
     _group, _slice, slices, _first_tile, _last_tile, _first, _last = share_of(
@@ -417,7 +417,7 @@ def divergence_gradient_kernel(
 class Pair(NamedTuple):
     """Student and teacher, and how their distance is measured.
 
-    Hidden states are those of the tokens that take part, side by side, then zeros.
+    Hidden states are those of the valid tokens, side by side, then zeros.
     """
 
     student: Head
@@ -428,7 +428,7 @@ class Pair(NamedTuple):
 
 
 class PairTokens(NamedTuple):
-    """The tokens that take part, side by side."""
+    """The valid tokens, side by side."""
 
     num_rows: Tensor  # R, [1] int32
     labels: Tensor  # [N] int64
@@ -437,7 +437,7 @@ class PairTokens(NamedTuple):
 
 
 class Divergence(NamedTuple):
-    """[N] float32 each, 0 at tokens that take no part."""
+    """[N] float32 each, 0 at tokens that are not valid."""
 
     divergence: Tensor
     lse: Tensor
@@ -480,7 +480,7 @@ def divergence(pair: Pair, valid_rows: ValidRows, tiles: Tiles) -> Divergence:
 
     Args:
         pair: both heads; hidden states [multiple of BLOCK_N, D], contiguous.
-        valid_rows: the rows that take part; [N].
+        valid_rows: the valid rows; [N].
         tiles: BLOCK_N tokens x BLOCK_V classes, in steps of BLOCK_D dimensions.
     """
     num_tokens, device = len(valid_rows.rows), valid_rows.rows.device
@@ -527,7 +527,7 @@ def divergence_gradient(
         dz: contiguous rows, in the dtype of the hidden states.
         pair: both heads.
         classes: which of them the chunk is.
-        tokens: those that take part.
+        tokens: the valid ones.
         tiles: BLOCK_N tokens x BLOCK_V classes, in steps of BLOCK_D dimensions.
     """
     divergence_gradient_kernel[(num_programs(dz.device),)](

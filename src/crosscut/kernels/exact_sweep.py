@@ -116,7 +116,7 @@ def exact_sweep_kernel(
 class SweepOutputs(NamedTuple):
     """What a sweep fills; None for what is not wanted."""
 
-    rows: Tensor  # [N] int32, of dH: where the tokens that take part have theirs
+    rows: Tensor  # [N] int32, of dH: where the valid tokens have theirs
     d_hidden: Tensor | None  # [N, D], contiguous
     compensation: Tensor | None  # [N, D], what d_hidden lacks, if that is not float32
     d_classifier: Tensor | None  # [V, D], contiguous
@@ -138,7 +138,7 @@ def exact_sweep(
     Args:
         head: the head; of its hidden states those in ``tokens`` are used.
         logit_weight: [V] float32, contiguous, or None.
-        tokens: those that take part; finite up to the next multiple of TILE rows of ``dz``.
+        tokens: the valid ones; finite up to the next multiple of TILE rows of ``dz``.
         out: what to fill. dH is added to what is there, unless the classes begin at 0.
         dz: workspace [multiple of TILE >= N, chunk], chunk a multiple of TILE, of anything.
         classes: whose gradient. If ``dz`` lies in rows of dC, they are those of other classes.

@@ -1,4 +1,4 @@
-"""The tokens that take part, side by side: what a backward works on.
+"""The valid tokens, side by side: what a backward works on.
 
 With ``rows`` as :mod:`.valid_rows` lists them, place i gets token ``rows[i]``:
 
@@ -145,7 +145,7 @@ def gather_tokens(
     combined: bool,
     multiple: int,
 ) -> Tokens:
-    """The tokens of ``hidden`` [N, D] that take part, then zeros up to a multiple of tokens.
+    """The tokens of ``hidden`` [N, D] that are valid, then zeros up to a multiple of tokens.
 
     ``loss_scale`` [] float32, or None for 1. ``combined`` says that ``d_lse`` and ``d_target`` are
     ``factor`` and ``d_own`` already.

@@ -448,7 +448,7 @@ def linear_lse(
 
     Args:
         head: the head, with contiguous hidden states.
-        valid_rows: the rows that take part.
+        valid_rows: the valid rows.
         own: each token's own class.
         tiles: BLOCK_N tokens x BLOCK_V classes, in steps of BLOCK_D dimensions.
         wanted: what else to find; nothing if None.

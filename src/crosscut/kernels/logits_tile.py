@@ -12,7 +12,7 @@ rows of C, summed over steps of BLOCK_D in float32 registers:
     |#####|     | --> |     |  z  |  BLOCK_N x BLOCK_V
     +-----+-----+     +-----+-----+
 
-**Rows.** Tokens without a label take no part. ``rows`` (see :mod:`.valid_rows`) lists the others,
+**Rows.** Tokens without a label are not valid. ``rows`` (see :mod:`.valid_rows`) lists the others,
 and a tile's tokens are neighbours in that list. Mostly they are neighbours in H too: such a tile of
 H is loaded as a block, by TMA where there is one. A tile with a gap gathers its rows by pointers.
 Which of the two is decided tile by tile, on the device.

@@ -311,7 +311,7 @@ def d_classifier_of_hot(
         out: [V, D], contiguous.
         deferred: [most_deferred, D], gets the rows of deferred classes in place of ``out``; None if
             there are none.
-        tokens: those that take part, zeros up to a multiple of BLOCK_N.
+        tokens: the valid ones, zeros up to a multiple of BLOCK_N.
         dz: [slots, BLOCK_N].
         pairs: the lists.
         scale: [1] float32.

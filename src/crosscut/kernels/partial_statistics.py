@@ -73,7 +73,7 @@ class Own(NamedTuple):
 
 
 class LinearLse(NamedTuple):
-    """Statistics per token, float32 unless said otherwise; 0 at rows that take no part."""
+    """Statistics per token, float32 unless said otherwise; 0 at rows that are not valid."""
 
     others: Tensor  # [N], log-sum-exp of all classes but the own one
     lse: Tensor  # [N]
@@ -200,7 +200,7 @@ def combine(
 
     Args:
         parts: those of parts of the vocabulary, which together have every class once.
-        valid_rows: the rows that take part; [N].
+        valid_rows: the valid rows; [N].
         own: each token's own class.
         column_mass: [tiles of BLOCK_N valid rows, V], contiguous, gets SELECTED at the own classes
             of a tile's rows; or None.

@@ -23,7 +23,7 @@ in this order, in groups of token tiles whose hidden states fit in the L2 cache:
                2  5  8  ..
     group 1   ..
 
-Tokens here are only those that take part, side by side. Past the last of them a tile is zero.
+Tokens here are only the valid ones, side by side. Past the last of them a tile is zero.
 
 **Cost.** 2 flop per token, class and dimension, and 2 bytes written per token and class. Each of
 several targets is looked for in every tile: 3 operations per token and class.
@@ -56,7 +56,7 @@ FILTER_V = tl.constexpr(128)
 
 
 class Tokens(NamedTuple):
-    """The tokens that take part, side by side; hidden states and vectors from R on are zeros."""
+    """The valid tokens, side by side; hidden states and vectors from R on are zeros."""
 
     num_rows: Tensor  # R, [1] int32; where negative, nothing is to be done
     hidden: Tensor  # [N, D]

@@ -1,4 +1,4 @@
-"""The list of tokens that take part, made on the device.
+"""The list of valid tokens, made on the device.
 
     count    R, the number of labels >= 0
     rows     their positions, ascending; -1 in the places from R on
@@ -22,7 +22,7 @@ from crosscut.device.launch import kernel
 
 
 class ValidRows(NamedTuple):
-    """The tokens that take part; see the module. All int32."""
+    """The valid tokens; see the module. All int32."""
 
     count: Tensor  # [1]
     rows: Tensor  # [N]
