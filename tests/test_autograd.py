@@ -379,7 +379,7 @@ def forward_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def spy(self: Any, problem: Any, *, for_backward: bool) -> Any:
         found = forward(self, problem, for_backward=for_backward)
-        calls.append({"for_backward": for_backward, "filter": found.column_mass.shape[0]})
+        calls.append({"for_backward": for_backward, "filter": found.saved.column_mass.shape[0]})
         return found
 
     monkeypatch.setattr(blocks.BlocksBackend, "forward", spy)

@@ -15,6 +15,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from operator import attrgetter
 from typing import Any, Generic, Literal, TypeVar, get_origin, get_type_hints
 
 import torch
@@ -156,14 +157,16 @@ class _Flat(Generic[Call]):
         self.schema = [f"{kind} {name}" for name, (_, kind) in zip(self.names, leaves, strict=True)]
         self.num_tensors = sum(kind.startswith("Tensor") for _, kind in leaves)
         self.record: Callable[[Sequence[Any]], Call] = _maker(record, paths)
-        self._paths = paths
+        self._paths, self._get = paths, attrgetter(*map(".".join, paths))
 
     def values(self, record: Call) -> tuple[Any, ...]:
-        return tuple(_at(record, path) for path in self._paths)
+        if torch.compiler.is_compiling():  # it does not know attrgetter
+            return tuple(_at(record, path) for path in self._paths)
+        return self._get(record)
 
 
 def _at(record: Any, path: tuple[str, ...]) -> Any:
-    for name in path:  # what attrgetter does, which the compiler cannot trace
+    for name in path:
         record = getattr(record, name)
     return record
 

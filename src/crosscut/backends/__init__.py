@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from crosscut.backends.blocks import BlocksBackend
-from crosscut.backends.protocol import Backend, DistillationProblem, HeadProblem
+from crosscut.backends.protocol import DECLARED, Backend, DistillationProblem, HeadProblem
 from crosscut.backends.triton import TritonBackend
 
 _BACKENDS: tuple[Backend, ...] = (TritonBackend(), BlocksBackend())  # in order of preference
@@ -37,7 +37,10 @@ class Explanation:
 
 def explain(problem: HeadProblem) -> Explanation:
     """Ask every backend."""
-    verdicts = {backend.name: backend.why_not(problem) for backend in _BACKENDS}
+    verdicts = {
+        backend.name: _not_computed(backend, problem) or backend.why_not(problem)
+        for backend in _BACKENDS
+    }
     return _explanation(problem.options.backend, verdicts)
 
 
@@ -50,15 +53,29 @@ def choose(problem: HeadProblem) -> Backend:
     return _chosen(problem.options.backend, explain(problem))
 
 
+def explain_distillation(problem: DistillationProblem) -> Explanation:
+    """As ``explain``, by the options of the student."""
+    verdicts = {backend.name: backend.why_not_distil(problem) for backend in _BACKENDS}
+    return _explanation(problem.student.options.backend, verdicts)
+
+
 def choose_for_distillation(problem: DistillationProblem) -> Backend:
     """As ``choose``, by the options of the student.
 
     Raises:
         ValueError: no backend, or not the one named, can serve the problem.
     """
-    wanted = problem.student.options.backend
-    verdicts = {backend.name: backend.why_not_distil(problem) for backend in _BACKENDS}
-    return _chosen(wanted, _explanation(wanted, verdicts))
+    return _chosen(problem.student.options.backend, explain_distillation(problem))
+
+
+def _not_computed(backend: Backend, problem: HeadProblem) -> str | None:
+    """Which statistics that the problem asks for a backend lacks."""
+    lacking = [
+        name
+        for name, statistic in DECLARED.items()
+        if name not in backend.computes and statistic.asked(problem)
+    ]
+    return f"does not compute {' and '.join(lacking)}" if lacking else None
 
 
 def _explanation(wanted: str, verdicts: dict[str, str | None]) -> Explanation:

@@ -176,14 +176,14 @@ def hot_classes(selected: Tensor, capacity: Capacity) -> Tensor:
 def sparsity(problem: HeadProblem, statistics: Statistics) -> tuple[float, float]:
     """Share of the pairs that are selected, and mean mass of the others, were cotangents equal."""
     num_rows = int(problem.valid.sum())
-    masses = statistics.column_mass[: math.ceil(num_rows / block_tokens(problem))].float()
+    masses = statistics.saved.column_mass[: math.ceil(num_rows / block_tokens(problem))].float()
     if not masses.numel():
         return 1.0, 0.0
     selected = masses >= block_thresholds(problem, statistics, masses)[:, None]
     capacity = capacity_for_pairs(problem, lends=True)
     hot = hot_classes(selected, capacity)
     selected[:, hot] = True
-    unused = len(statistics.column_mass) - len(masses)  # hot classes are there too
+    unused = len(statistics.saved.column_mass) - len(masses)  # hot classes are there too
     if int(selected.sum()) + unused * len(hot) > capacity.pairs:
         return 1.0, 0.0
     tail = masses[~selected].sum().item() * mass_unit(masses.shape[1])

@@ -6,8 +6,9 @@ losses, reductions or batch shapes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Annotated, NamedTuple, Protocol, get_type_hints
 
 import torch
 from torch import Tensor
@@ -142,12 +143,39 @@ class DivergenceCotangents(NamedTuple):
     hard_loss: Tensor | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Statistic:
+    """What is declared of a statistic; :class:`Cotangents` says whether it has a gradient.
+
+    Attributes:
+        per_target: whether its shape is that of the labels; else it is [N].
+        dtype: None for that of the statistics.
+        asked: whether a problem asks for it. Where not, it is [0].
+    """
+
+    per_target: bool = False
+    dtype: torch.dtype | None = None
+    asked: Callable[[HeadProblem], bool] = lambda problem: True
+
+
+class Saved(NamedTuple):
+    """What a forward leaves for its backward alone; what it holds is the backend's own business.
+
+    ``column_mass`` and ``tail_mass`` say what the backward may leave out. They are empty where it
+    computes everything.
+    """
+
+    lse_low: Tensor  # [N], what lse lost where it was rounded
+    column_mass: Tensor  # [filter blocks, V] or [0, V]
+    tail_mass: Tensor  # [N] or [0]
+
+
 class Statistics(NamedTuple):
-    """What a forward returns. [N] vectors are 0 at rows that are not valid.
+    """What a forward returns; 0 at rows that are not valid. Each statistic is declared here alone.
 
     With ``p = exp(z - lse)`` the softmax, ``entropy = -sum_v p[n, v] log p[n, v]``. The rank of a
     target is the number of classes that come before it where they are sorted by descending logit,
-    equal ones by index; ``argmax`` comes first. What was not asked for is [0].
+    equal ones by index; ``argmax`` comes first.
 
     **Confident tokens.** Each token has one class *of its own*: its target, the one of the highest
     logit where there are several (:func:`own_labels`). That class is left out of every sum over
@@ -157,30 +185,44 @@ class Statistics(NamedTuple):
 
     are never the difference of two numbers that were rounded separately: a log-probability is at
     most 0, and has as many correct digits where the model is sure of the token as elsewhere.
-
-    The last three are for the backward alone. ``column_mass`` and ``tail_mass`` say what it may
-    leave out. They are empty where it computes everything; what they hold is the backend's own
-    business.
     """
 
-    lse: Tensor  # [N]
-    target_logit: Tensor  # [N], or [N, K]: the shape of the labels
-    log_prob: Tensor  # of the targets, the shape of the labels; at most 0
-    logit_sum: Tensor  # [N], sum_v w[v] (z[n, v] - lse[n]); or [0] without logit_weight
-    entropy: Tensor  # [N] or [0]
-    argmax: Tensor  # [N] or [0], int64
-    target_rank: Tensor  # [N] or [0], int64
-    lse_low: Tensor  # [N], what lse lost where it was rounded
-    column_mass: Tensor  # [filter blocks, V] or [0, V]
-    tail_mass: Tensor  # [N] or [0]
+    lse: Annotated[Tensor, Statistic()]
+    target_logit: Annotated[Tensor, Statistic(per_target=True)]
+    log_prob: Annotated[Tensor, Statistic(per_target=True)]  # of the targets; at most 0
+    # sum_v w[v] (z[n, v] - lse[n])
+    logit_sum: Annotated[Tensor, Statistic(asked=lambda problem: problem.logit_weight is not None)]
+    entropy: Annotated[Tensor, Statistic(asked=lambda problem: problem.entropy)]
+    argmax: Annotated[Tensor, Statistic(dtype=torch.int64, asked=lambda problem: problem.ranks)]
+    target_rank: Annotated[
+        Tensor, Statistic(dtype=torch.int64, asked=lambda problem: problem.ranks)
+    ]
+    saved: Saved
 
 
-DIFFERENTIABLE = 5
-"""How many of the statistics, the first ones, have a gradient."""
+DECLARED: dict[str, Statistic] = {
+    name: hint.__metadata__[0]
+    for name, hint in get_type_hints(Statistics, include_extras=True).items()
+    if hasattr(hint, "__metadata__")
+}
+"""The statistics by name."""
+
+
+def empty_statistics(problem: HeadProblem, saved: Saved) -> Statistics:
+    """Empty tensors of the shapes and dtypes of the statistics that the problem asks for."""
+
+    def empty(statistic: Statistic) -> Tensor:
+        shape = problem.labels.shape if statistic.per_target else problem.labels.shape[:1]
+        return problem.hidden.new_empty(
+            shape if statistic.asked(problem) else 0,
+            dtype=statistic.dtype or problem.statistics_dtype,
+        )
+
+    return Statistics(*map(empty, DECLARED.values()), saved=saved)
 
 
 class Cotangents(NamedTuple):
-    """Gradients of the differentiable statistics, of the same shapes; None: it has none.
+    """Gradients of the statistics that may have one, of the same shapes; None: it has none.
 
     They come together in the gradient of the logits, with ``w`` the logit weight:
 
@@ -294,6 +336,7 @@ class Backend(Protocol):
     """A way to compute the statistics of a head and their gradients."""
 
     name: str
+    computes: frozenset[str]  # the names of the statistics it has
 
     def why_not(self, problem: HeadProblem) -> str | None:
         """Why this backend cannot serve the problem, or None if it can.

@@ -16,6 +16,7 @@ from crosscut.backends.blocks.forward import BLOCK_N, KEPT, column_blocks, compu
 from crosscut.backends.blocks.logits import check_labels
 from crosscut.backends.blocks.tile_filter import tile_filtered_backward
 from crosscut.backends.protocol import (
+    DECLARED,
     Cotangents,
     DistillationProblem,
     DivergenceCotangents,
@@ -23,7 +24,9 @@ from crosscut.backends.protocol import (
     Gradients,
     HeadProblem,
     Needs,
+    Saved,
     Statistics,
+    empty_statistics,
 )
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -33,6 +36,7 @@ class BlocksBackend:
     """The reference backend: serves every float dtype, on every device PyTorch runs on."""
 
     name = "blocks"
+    computes = frozenset(DECLARED)
 
     def why_not(self, problem: HeadProblem) -> str | None:
         if problem.hidden.dtype not in _DTYPES:
@@ -47,24 +51,18 @@ class BlocksBackend:
         return compute_statistics(problem, filter_columns=for_backward and filters)
 
     def forward_like(self, problem: HeadProblem, *, for_backward: bool) -> Statistics:
-        num_tokens, num_classes = problem.hidden.shape[0], problem.classifier.shape[0]
+        num_tokens = len(problem.labels)
         filtered = for_backward and _filters_columns(problem)
 
         def new(*shape: int) -> torch.Tensor:
             return problem.hidden.new_empty(shape, dtype=problem.statistics_dtype)
 
-        return Statistics(
-            lse=new(num_tokens),
-            target_logit=new(*problem.labels.shape),
-            log_prob=new(*problem.labels.shape),
-            logit_sum=new(0 if problem.logit_weight is None else num_tokens),
-            entropy=new(num_tokens if problem.entropy else 0),
-            argmax=problem.labels.new_empty(num_tokens if problem.ranks else 0),
-            target_rank=problem.labels.new_empty(num_tokens if problem.ranks else 0),
+        saved = Saved(
             lse_low=new(num_tokens),
-            column_mass=new(column_blocks(num_tokens) if filtered else 0, num_classes),
+            column_mass=new(column_blocks(num_tokens) if filtered else 0, len(problem.classifier)),
             tail_mass=new(num_tokens if filtered else 0),
         )
+        return empty_statistics(problem, saved)
 
     def backward(
         self, problem: HeadProblem, statistics: Statistics, cotangents: Cotangents, needs: Needs
@@ -77,9 +75,9 @@ class BlocksBackend:
         rows = problem.rows
         if not len(rows) or not _filters_columns(problem):
             return 1.0, 0.0
-        kept = (statistics.column_mass == KEPT).double().mean(1)[: column_blocks(len(rows))]
+        kept = (statistics.saved.column_mass == KEPT).double().mean(1)[: column_blocks(len(rows))]
         sizes = kept.new_tensor([len(block) for block in rows.split(BLOCK_N)])
-        tail = statistics.tail_mass.sum().item()
+        tail = statistics.saved.tail_mass.sum().item()
         return (sizes @ kept).item() / len(rows), tail / len(rows)
 
     def why_not_distil(self, problem: DistillationProblem) -> str | None:

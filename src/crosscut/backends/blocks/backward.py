@@ -154,23 +154,23 @@ def _group(
             d_target=torch.where(is_own, d_own[owners], d_target),
             dz_label=torch.zeros_like(d_target),
             lse=lse,
-            lse_low=statistics.lse_low[rows],
+            lse_low=statistics.saved.lse_low[rows],
             center=center,
             factor=of_rows.factor[rows],
             d_entropy=None if d_entropy is None else d_entropy[rows],
             d_sum=None if d_sum is None else d_sum[rows],
             kept=kept(labels, column_mass),
             column_mass=column_mass,
-            tail_mass=statistics.tail_mass[rows] if sparse else None,
+            tail_mass=statistics.saved.tail_mass[rows] if sparse else None,
             d_hidden=statistics.lse.new_zeros(len(rows), problem.hidden.shape[1]),
         )
 
     groups, dense = [], []
-    filtered = statistics.column_mass.shape[0] > 0 and cotangents.entropy is None
+    filtered = statistics.saved.column_mass.shape[0] > 0 and cotangents.entropy is None
     rows = problem.rows
     for index, block in enumerate(rows.split(BLOCK_N) if len(rows) else ()):
-        if filtered and (statistics.column_mass[index] != KEPT).any():
-            groups.append(group(block, statistics.column_mass[index]))
+        if filtered and (statistics.saved.column_mass[index] != KEPT).any():
+            groups.append(group(block, statistics.saved.column_mass[index]))
         else:
             dense.append(block)
     if dense:

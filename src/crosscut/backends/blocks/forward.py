@@ -48,7 +48,7 @@ from crosscut.backends.blocks.logits import (
     find_labels,
     take_rows,
 )
-from crosscut.backends.protocol import HeadProblem, Statistics, own_labels
+from crosscut.backends.protocol import HeadProblem, Saved, Statistics, own_labels
 
 BLOCK_N = 1024
 """Tokens of one block, and of one decision of the column filter."""
@@ -111,9 +111,11 @@ def compute_statistics(problem: HeadProblem, *, filter_columns: bool) -> Statist
         entropy=scatter(sweep.finish_entropy().to(dtype)) if problem.entropy else none(),
         argmax=scatter(sweep.finish_argmax()) if problem.ranks else rows[:0].clone(),
         target_rank=scatter(sweep.target_rank) if problem.ranks else rows[:0].clone(),
-        lse_low=scatter(lse_low),
-        column_mass=sweep.column_mass,
-        tail_mass=scatter(sweep.settle_tail()) if filter_columns else none(),
+        saved=Saved(
+            lse_low=scatter(lse_low),
+            column_mass=sweep.column_mass,
+            tail_mass=scatter(sweep.settle_tail()) if filter_columns else none(),
+        ),
     )
 
 

@@ -25,7 +25,9 @@ from crosscut.backends.protocol import (
     Gradients,
     HeadProblem,
     Needs,
+    Saved,
     Statistics,
+    empty_statistics,
     zero_gradients,
 )
 
@@ -38,6 +40,9 @@ class TritonBackend:
     """NVIDIA GPUs from compute capability 8.0 on: bfloat16, float16 and float32."""
 
     name = "triton"
+    computes = frozenset(
+        {"lse", "target_logit", "log_prob", "logit_sum", "entropy", "argmax", "target_rank"}
+    )
 
     def why_not(self, problem: HeadProblem) -> str | None:
         device = problem.hidden.device
@@ -83,14 +88,7 @@ class TritonBackend:
         def new(*shape: int) -> Tensor:
             return problem.hidden.new_empty(shape, dtype=torch.float32)
 
-        return Statistics(
-            lse=new(num_tokens),
-            target_logit=new(*problem.labels.shape),
-            log_prob=new(*problem.labels.shape),
-            logit_sum=new(0 if problem.logit_weight is None else num_tokens),
-            entropy=new(num_tokens if problem.entropy else 0),
-            argmax=problem.labels.new_empty(num_tokens if problem.ranks else 0),
-            target_rank=problem.labels.new_empty(num_tokens if problem.ranks else 0),
+        saved = Saved(
             lse_low=new(num_tokens),
             column_mass=problem.hidden.new_empty(
                 token_blocks(problem) if filtered else 0,
@@ -99,6 +97,7 @@ class TritonBackend:
             ),
             tail_mass=new(num_tokens if filtered else 0),  # sum of slope p but for own classes
         )
+        return empty_statistics(problem, saved)
 
     def backward(
         self, problem: HeadProblem, statistics: Statistics, cotangents: Cotangents, needs: Needs

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from crosscut.backends.protocol import Cotangents, HeadProblem, Needs, Statistics
+from crosscut.backends.protocol import Cotangents, HeadProblem, Needs, Saved, Statistics
 from crosscut.backends.triton.forward import compute_statistics
 from crosscut.backends.triton.project import project
 from crosscut.backends.triton.select import select
@@ -46,7 +46,8 @@ def compile_ahead(
         return
     with _one_at_a_time:
         if not kinds <= _seen:
-            empty = _without_data(problem), Statistics(*map(_meta, like))
+            statistics = Statistics(*map(_meta, like[:-1]), saved=Saved(*map(_meta, like.saved)))
+            empty = _without_data(problem), statistics
             ahead(device, lambda: _call(*empty, needs, entropy))
             _seen.update(kinds)
 

@@ -77,8 +77,8 @@ def sweep(
 
 
 def compute_statistics(problem: HeadProblem, like: Statistics) -> Statistics:
-    """The statistics, shaped as ``like``; ``like.column_mass`` gets filled where it has rows."""
-    column_mass = like.column_mass if len(like.column_mass) else None
+    """The statistics, shaped as ``like``, whose column masses get filled where they have rows."""
+    column_mass = like.saved.column_mass if len(like.saved.column_mass) else None
     probed = probe(problem, bound=column_mass is not None)
     parts = sweep(problem, probed, column_mass)
     own = Own(probed.own, probed.own_logit)
@@ -126,9 +126,11 @@ def _filled(
         "log_prob": log_prob,
         "logit_sum": found.logit_sum,
         "entropy": found.entropy,
-        "lse_low": found.lse_low,
-        "tail_mass": found.rest,
     }
+    saved = like.saved._replace(lse_low=found.lse_low)
+    like = like._replace(
+        saved=saved if found.rest is None else saved._replace(tail_mass=found.rest)
+    )
     like = like._replace(**{name: value for name, value in vectors.items() if value is not None})
     if found.rank is None or found.best_class is None:
         return like

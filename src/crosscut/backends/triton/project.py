@@ -65,7 +65,7 @@ def _of_selected_pairs(
         mass_unit=mass_unit(len(classifier)), nonzero=nonzero,
     )  # fmt: skip
     workspace.end(Step.GRADIENT)
-    masses = statistics.tail_mass, valid.rows.rows
+    masses = statistics.saved.tail_mass, valid.rows.rows
     by_token, tail_rows = tail_of_tokens(valid.tokens, masses, pairs, gradient, tiles)
     workspace.end(Step.TAIL)
     if out.hidden is not None and by_block is not None:

@@ -118,7 +118,7 @@ def select(
     selection = paper = None
     if cotangents.entropy is None:
         paper = problem.options.paper_filter
-        if len(statistics.column_mass):
+        if len(statistics.saved.column_mass):
             selection = _select_pairs(problem, statistics, valid, out.classifier)
     # The exact sweep makes the sums over tokens, of a bias, with dC.
     by_chunks = paper is not None or (out.bias is not None and out.classifier is None)
@@ -141,7 +141,7 @@ def _empty_gradients(problem: HeadProblem, needs: Needs) -> Gradients:
 def _select_pairs(
     problem: HeadProblem, statistics: Statistics, valid: ValidTokens, d_classifier: Tensor | None
 ) -> Selection:
-    column_mass = statistics.column_mass
+    column_mass = statistics.saved.column_mass
     tiles = choose_tiles(Kernel.PAIRS, problem.hidden)
     capacity = capacity_for_pairs(problem, lends=d_classifier is not None)
     layout = plan_workspace(problem, column_mass, capacity, tiles, d_classifier)

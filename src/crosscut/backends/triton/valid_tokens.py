@@ -75,7 +75,7 @@ def side_by_side(
     of_tokens = PerToken(
         own=labels,
         lse=statistics.lse,
-        lse_low=statistics.lse_low,
+        lse_low=statistics.saved.lse_low,
         log_prob=log_prob,
         entropy=None if d_entropy is None else statistics.entropy,
         d_lse=d_lse,
