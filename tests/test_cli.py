@@ -266,9 +266,28 @@ def test_explain(device: str) -> None:
     assert peak < 2**20  # the head would be 1.2 GB
 
 
+def test_explain_of_a_student_and_its_teacher() -> None:
+    result = crosscut("explain", "--teacher-hidden", "4096", "--device", "cuda")
+    assert result.exit_code == 0, result.output
+    assert "bf16 on cuda" in words(result)
+    assert "teacher D=4096, bf16" in words(result)
+    mixed = crosscut(
+        "explain", "--teacher-hidden", "64", "--teacher-dtype", "fp32", "--device", "cuda"
+    )
+    assert mixed.exit_code == 0, mixed.output
+    assert "> blocks" in mixed.output
+    if find_spec("triton") is not None:
+        assert "> triton" in result.output
+        assert "distils heads that are both bfloat16 or both float32" in words(mixed)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--teacher-hidden", "0"), "--teacher-hidden must be at least 1, got 0"),
+        (("--teacher-hidden", "8", "--teacher-dtype", "x"), "--teacher-dtype must be one of bf16"),
+        (("--teacher-dtype", "fp32"), "--teacher-dtype needs --teacher-hidden"),
+        (("--teacher-hidden", "8", "--policy", "cce"), "--policy is of no use with --teacher"),
         (("--policy", "best"), "policy must be one of 'auto'"),
         (("--backend", "best"), "backend must be one of 'auto'"),
         (("--device", "best"), "--device must be a device of PyTorch, got 'best'"),

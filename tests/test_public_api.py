@@ -14,7 +14,7 @@ import torch
 from support.judging import make_head
 
 import crosscut
-from crosscut.backends import NAMES
+from crosscut.backends import _BACKENDS, NAMES
 from crosscut.options import POLICIES, LossOptions
 
 FUNCTIONS = [
@@ -147,6 +147,39 @@ def test_explain_takes_every_argument():
     for name in FUNCTIONS:
         for parameter in inspect.signature(getattr(crosscut, name)).parameters.values():
             assert known[parameter.name].default == parameter.default, parameter.name
+
+
+def test_explain_kl_div_takes_every_argument():
+    known = inspect.signature(crosscut.explain_kl_div).parameters
+    assert list(known.values()) == list(
+        inspect.signature(crosscut.linear_kl_div).parameters.values()
+    )
+
+
+def test_explain_kl_div_is_of_both_heads():
+    student, teacher = make_head((4, 3, 5), torch.float32), make_head((4, 6, 5), torch.float32)
+    call = student.input, student.linear_weight, teacher.input, teacher.linear_weight
+    explanation = crosscut.explain_kl_div(*(x.to("meta") for x in call))
+    assert explanation.backend == "blocks"
+    assert tuple(explanation.verdicts) == NAMES
+    narrow = [x.to(torch.float8_e4m3fn) for x in call[2:]]
+    refused = crosscut.explain_kl_div(*call[:2], *narrow)
+    assert refused.backend is None
+    with pytest.raises(ValueError, match=re.escape(str(refused.verdicts["blocks"]))):
+        crosscut.linear_kl_div(*call[:2], *narrow)
+    with pytest.raises(ValueError, match="beta must be between 0 and 1, got 2"):
+        crosscut.explain_kl_div(*call, beta=2)
+
+
+def test_a_statistic_that_a_backend_lacks(monkeypatch):
+    """It is refused, and not left as it was allocated."""
+    head = make_head((4, 3, 5), torch.float32)
+    call = head.input, head.linear_weight, head.target
+    (blocks,) = (backend for backend in _BACKENDS if backend.name == "blocks")
+    monkeypatch.setattr(blocks, "computes", blocks.computes - {"entropy"})
+    crosscut.token_statistics(*call, backend="blocks")
+    with pytest.raises(ValueError, match="blocks: does not compute entropy"):
+        crosscut.token_statistics(*call, backend="blocks", entropy=True)
 
 
 def test_explain_minds_every_argument():

@@ -8,7 +8,7 @@ The method is Cut Cross-Entropy (arXiv:2411.09009).
 
 from crosscut import losses as losses
 from crosscut.backends import Explanation
-from crosscut.distillation import linear_kl_div, linear_topk_kl_div
+from crosscut.distillation import explain_kl_div, linear_kl_div, linear_topk_kl_div
 from crosscut.functional import (
     GradientSparsity,
     explain,
@@ -31,6 +31,7 @@ __all__ = [
     "TokenStatistics",
     "defer_logits",
     "explain",
+    "explain_kl_div",
     "gradient_sparsity",
     "linear_cross_entropy",
     "linear_kl_div",

@@ -27,6 +27,7 @@ except ModuleNotFoundError as missing:
 import torch
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import crosscut
@@ -103,6 +104,7 @@ GPU is then taken to be one that crosscut's kernels run on.
 
 - `crosscut explain --tokens 8192 --hidden 2304 --vocab 256000 --dtype bf16 --device cuda`
 - `crosscut explain --policy cce --backend blocks`
+- `crosscut explain --teacher-hidden 4096 --device cuda` : of `linear_kl_div`, with a teacher
 """
 
 
@@ -261,32 +263,63 @@ def explain(
     policy: Annotated[str, typer.Option(help="The gradient's policy.")] = "auto",
     backend: Annotated[str, typer.Option(help="auto, or the backend that must serve it.")] = "auto",
     softcap: Annotated[float | None, typer.Option(help="Softcap of the logits.")] = None,
+    teacher_hidden: Annotated[
+        int | None, typer.Option(help="Hidden size of a teacher: explain linear_kl_div.")
+    ] = None,
+    teacher_dtype: Annotated[
+        str | None, typer.Option(help="The teacher's dtype.", show_default="--dtype")
+    ] = None,
 ) -> None:
     """See ``_EXPLAIN_HELP``."""
+    sizes = {"--tokens": tokens, "--hidden": hidden, "--vocab": vocab}
+    if teacher_hidden is not None:
+        sizes["--teacher-hidden"] = teacher_hidden
+    dtypes = {"--dtype": dtype, "--teacher-dtype": teacher_dtype or dtype}
     try:
-        for name, size in (("--tokens", tokens), ("--hidden", hidden), ("--vocab", vocab)):
+        for name, size in sizes.items():
             if size < 1:
                 raise BenchError(f"{name} must be at least 1, got {size}")
-        if dtype not in workloads.DTYPES:
-            raise BenchError(f"--dtype must be one of {', '.join(workloads.DTYPES)}, got {dtype!r}")
+        for name, given in dtypes.items():
+            if given not in workloads.DTYPES:
+                raise BenchError(
+                    f"{name} must be one of {', '.join(workloads.DTYPES)}, got {given!r}"
+                )
+        if teacher_hidden is None and teacher_dtype is not None:
+            raise BenchError("--teacher-dtype needs --teacher-hidden")
+        if teacher_hidden is not None and policy != "auto":
+            raise BenchError(
+                f"--policy is of no use with --teacher-hidden, got {policy!r}: linear_kl_div "
+                "computes everything"
+            )
         try:
             torch.device(device)
         except RuntimeError as error:
             raise BenchError(f"--device must be a device of PyTorch, got {device!r}") from error
         with FakeTensorMode(), torch.device(device):  # shapes and dtypes, without memory
-            explanation = crosscut.explain(
-                torch.empty(tokens, hidden, dtype=workloads.DTYPES[dtype]),
-                torch.empty(vocab, hidden, dtype=workloads.DTYPES[dtype]),
-                torch.empty(tokens, dtype=torch.int64),
-                softcap=softcap,
-                policy=policy,  # pyright: ignore[reportArgumentType]
-                backend=backend,
-            )
+            input, linear_weight = _empty_head(tokens, hidden, vocab, dtype)
+            if teacher_hidden is not None:
+                teacher = _empty_head(tokens, teacher_hidden, vocab, teacher_dtype or dtype)
+                explanation = crosscut.explain_kl_div(
+                    input, linear_weight, *teacher, softcap=softcap, backend=backend
+                )
+            else:
+                explanation = crosscut.explain(
+                    input,
+                    linear_weight,
+                    torch.empty(tokens, dtype=torch.int64),
+                    softcap=softcap,
+                    policy=policy,  # pyright: ignore[reportArgumentType]
+                    backend=backend,
+                )
     except (BenchError, ValueError, TypeError) as error:
         _fail(error)
     absent = device.startswith("cuda") and not torch.cuda.is_available()
     where = f"{device}, which is not here" if absent else device
-    print(f"N={tokens}, D={hidden}, V={vocab}, {dtype} on {where}, policy={policy}")
+    print(f"N={tokens}, D={hidden}, V={vocab}, {dtype} on {where}, ", end="")
+    if teacher_hidden is not None:
+        print(f"teacher D={teacher_hidden}, {teacher_dtype or dtype}")
+    else:
+        print(f"policy={policy}")
     print(explanation)
     if explanation.backend is None:
         raise typer.Exit(EXIT_FAILED_GATE)
@@ -317,6 +350,14 @@ def env() -> None:
 def main() -> None:
     """The entry point of ``crosscut`` and of ``python -m crosscut``."""
     app(prog_name="crosscut")
+
+
+def _empty_head(tokens: int, hidden: int, vocab: int, dtype: str) -> tuple[Tensor, Tensor]:
+    """Hidden states and weight, on the default device."""
+    torch_dtype = workloads.DTYPES[dtype]
+    return torch.empty(tokens, hidden, dtype=torch_dtype), torch.empty(
+        vocab, hidden, dtype=torch_dtype
+    )
 
 
 def _list() -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crosscut import distillation_ops, ops, statistics, tokens
+from crosscut import backends, distillation_ops, ops, statistics, tokens
 from crosscut.arguments import (
     Names,
     at_temperature,
@@ -21,6 +21,7 @@ from crosscut.arguments import (
     readable,
     wants_gradient,
 )
+from crosscut.backends import Explanation
 from crosscut.backends.protocol import DistillationProblem, HeadProblem
 from crosscut.functional import log_probs_of
 from crosscut.options import (
@@ -92,7 +93,7 @@ def linear_kl_div(
         teacher_logit_scale: of the teacher's logits.
         backend: ``"auto"`` finds one that serves the call: on a GPU, kernels that make both logits
             at once, where both heads are bfloat16 or both float32; else plain PyTorch, by blocks.
-            Or the name of one that must serve it.
+            Or the name of one that must serve it. See :func:`crosscut.explain_kl_div`.
 
     Returns:
         Nats, float32 (float64 for a float64 student): a scalar, or ``[...]``.
@@ -105,7 +106,6 @@ def linear_kl_div(
     Note:
         Gradients come in the inputs' dtypes. Differentiating them again raises RuntimeError.
     """
-    check_tensors({"input": input})
     options = DistillationOptions(
         divergence=divergence,
         beta=beta,
@@ -114,53 +114,82 @@ def linear_kl_div(
         reduction=reduction,
     )
     hard_weight = options.hard_weight
-    labels = target
-    if labels is None:
-        if hard_weight or shift:
-            raise ValueError(f"hard_weight={hard_weight} and shift={shift} need a target, got None")
-        labels = torch.zeros(input.shape[:-1], dtype=torch.int64, device=input.device)
-        ignore_index = -1  # all count
-    student = head_problem(
-        (input, linear_weight, labels, linear_bias),
-        HeadOptions(softcap=softcap, logit_scale=number_of_scale(logit_scale), backend=backend),
+    call = _distillation_call(
+        (input, linear_weight, linear_bias, softcap, logit_scale),
+        (teacher_input, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale),
+        target,
+        options,
+        (token_weight, normalizer),
         ignore_index,
         shift,
-        scale=logit_scale,
+        backend,
     )
-    teacher = _teacher_problem(
-        (teacher_input, teacher_weight, labels, teacher_bias),
-        (teacher_softcap, teacher_logit_scale),
-        student,
-        ignore_index,
-        shift,
-    )
-    if token_weight is not None:
-        token_weight = flat_token_weight(token_weight, labels, student, shift)
-    if normalizer is not None:
-        normalizer = checked_normalizer(normalizer, reduction, student.statistics_dtype)
-    problem = DistillationProblem(
-        student=at_temperature(student, temperature),
-        teacher=at_temperature(teacher, temperature),
-        divergence=options.divergence,
-        beta=options.beta,
-        temperature=options.temperature if hard_weight else None,
-    )
+    student, labels = call.problem.student, call.labels
     try:
-        found = distillation_ops.divergences(problem)
+        found = distillation_ops.divergences(call.problem)
     except IndexError:
-        raise out_of_range(student, labels, ignore_index, shift) from None
+        raise out_of_range(student, labels, call.ignore_index, shift) from None
     loss = found.divergence
     if hard_weight:
         loss = (1 - hard_weight) * loss + hard_weight * found.hard_loss
-    if token_weight is not None:
-        loss = loss * token_weight
+    if call.token_weight is not None:
+        loss = loss * call.token_weight
     if reduction == "none":
         return tokens.unflatten(loss, labels.shape, shift=shift)
     if reduction == "sum":
         return loss.sum()
-    if normalizer is None:
-        normalizer = statistics.total_weight(student.labels, None, token_weight)
-    return statistics.mean(loss, normalizer)
+    divisor = call.normalizer
+    if divisor is None:
+        divisor = statistics.total_weight(student.labels, None, call.token_weight)
+    return statistics.mean(loss, divisor)
+
+
+def explain_kl_div(
+    input: Tensor,
+    linear_weight: Tensor,
+    teacher_input: Tensor,
+    teacher_weight: Tensor,
+    target: Tensor | None = None,
+    *,
+    linear_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    divergence: Divergence = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    hard_weight: float = 0.0,
+    token_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    normalizer: Tensor | float | None = None,
+    ignore_index: int = -100,
+    shift: int = 0,
+    softcap: float | None = None,
+    logit_scale: Tensor | float = 1.0,
+    teacher_softcap: float | None = None,
+    teacher_logit_scale: Tensor | float = 1.0,
+    backend: str = "auto",
+) -> Explanation:
+    """Which backend would run this call of :func:`linear_kl_div`, and why not the others.
+
+    Arguments and errors are those of :func:`linear_kl_div`. No class is read, and tensors on the
+    ``meta`` device will do, as in :func:`crosscut.explain`.
+    """
+    call = _distillation_call(
+        (input, linear_weight, linear_bias, softcap, logit_scale),
+        (teacher_input, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale),
+        target,
+        DistillationOptions(
+            divergence=divergence,
+            beta=beta,
+            temperature=temperature,
+            hard_weight=hard_weight,
+            reduction=reduction,
+        ),
+        (token_weight, normalizer),
+        ignore_index,
+        shift,
+        backend,
+    )
+    return backends.explain_distillation(call.problem)
 
 
 def linear_topk_kl_div(
@@ -300,16 +329,88 @@ def _check_top_k(q: Tensor, labels: Tensor, shape: torch.Size) -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _DistillationCall:
+    """A call of :func:`linear_kl_div`, checked.
+
+    Attributes:
+        problem: whose divergences the loss is made of.
+        labels: the targets, in the shape of the batch.
+        ignore_index: among them.
+        token_weight: weight of each row [N] in the dtype of the statistics, or None.
+        normalizer: what a mean is over, if not the rows that count.
+    """
+
+    problem: DistillationProblem
+    labels: Tensor
+    ignore_index: int
+    token_weight: Tensor | None
+    normalizer: Tensor | float | None
+
+
+_Head = tuple[Tensor, Tensor, Tensor | None, float | None, Tensor | float]
+"""Hidden states, weight, bias, softcap and scale."""
+
+
+def _distillation_call(
+    student: _Head,
+    teacher: _Head,
+    target: Tensor | None,
+    options: DistillationOptions,
+    weights: tuple[Tensor | None, Tensor | float | None],
+    ignore_index: int,
+    shift: int,
+    backend: str,
+) -> _DistillationCall:
+    """The arguments of :func:`linear_kl_div`, checked; ``weights`` are token's and normalizer."""
+    hidden, classifier, bias, softcap, scale = student
+    check_tensors({"input": hidden})
+    labels = target
+    if labels is None:
+        if options.hard_weight or shift:
+            raise ValueError(
+                f"hard_weight={options.hard_weight} and shift={shift} need a target, got None"
+            )
+        labels = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+        ignore_index = -1  # all count
+    of_student = head_problem(
+        (hidden, classifier, labels, bias),
+        HeadOptions(softcap=softcap, logit_scale=number_of_scale(scale), backend=backend),
+        ignore_index,
+        shift,
+        scale=scale,
+    )
+    of_teacher = _teacher_problem(teacher, of_student, labels, ignore_index, shift)
+    token_weight, normalizer = weights
+    if token_weight is not None:
+        token_weight = flat_token_weight(token_weight, labels, of_student, shift)
+    if normalizer is not None:
+        normalizer = checked_normalizer(normalizer, options.reduction, of_student.statistics_dtype)
+    problem = DistillationProblem(
+        student=at_temperature(of_student, options.temperature),
+        teacher=at_temperature(of_teacher, options.temperature),
+        divergence=options.divergence,
+        beta=options.beta,
+        temperature=options.temperature if options.hard_weight else None,
+    )
+    return _DistillationCall(
+        problem=problem,
+        labels=labels,
+        ignore_index=ignore_index,
+        token_weight=token_weight,
+        normalizer=normalizer,
+    )
+
+
 def _teacher_problem(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    options: tuple[float | None, Tensor | float],
+    head: _Head,
     student: HeadProblem,
+    labels: Tensor,
     ignore_index: int,
     shift: int,
 ) -> HeadProblem:
     """The teacher's head, without a gradient, checked to be one of the student's tokens."""
-    hidden, classifier, labels, _ = tensors
-    softcap, scale = options
+    hidden, classifier, bias, softcap, scale = head
     check_tensors({"input": student.hidden, "teacher_input": hidden})
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(
@@ -317,7 +418,7 @@ def _teacher_problem(
             f"{list(labels.shape)}, got {list(hidden.shape[:-1])}"
         )
     teacher = head_problem(
-        tensors,
+        (hidden, classifier, labels, bias),
         HeadOptions(
             softcap=check_softcap("teacher_softcap", softcap),
             logit_scale=check_finite("teacher_logit_scale", number_of_scale(scale)),

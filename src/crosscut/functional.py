@@ -329,7 +329,7 @@ def explain(
     Arguments and errors are those of :func:`linear_cross_entropy`, and of the other functions that
     the call may be of: ``temperature`` and targets ``[..., K]`` as in :func:`linear_log_probs`,
     ``entropy`` and ``ranks`` as in :func:`token_statistics`. Tensors on the ``meta`` device will
-    do.
+    do. Of :func:`crosscut.linear_kl_div` there is :func:`crosscut.explain_kl_div`.
     """
     problem = _loss_call(
         (input, linear_weight, target, linear_bias, logit_scale),
