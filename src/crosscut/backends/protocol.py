@@ -232,11 +232,11 @@ class Cotangents(NamedTuple):
     ``log p = z - lse`` and H the entropy itself: ``p (a + b z)`` with two numbers a token.
     """
 
-    lse: Tensor | None
-    target_logit: Tensor | None
-    log_prob: Tensor | None
-    logit_sum: Tensor | None
-    entropy: Tensor | None
+    lse: Tensor | None = None
+    target_logit: Tensor | None = None
+    log_prob: Tensor | None = None
+    logit_sum: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 class RowCotangents(NamedTuple):

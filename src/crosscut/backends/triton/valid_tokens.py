@@ -42,7 +42,8 @@ def side_by_side(
     """The valid tokens, then zeros up to a multiple of so many tokens."""
     rows = valid_rows_of(problem.labels)
     labels, log_prob = problem.places.contiguous(), statistics.log_prob
-    d_lse, d_target, d_log_prob, d_sum, d_entropy = cotangents
+    d_lse, d_target, d_log_prob = cotangents.lse, cotangents.target_logit, cotangents.log_prob
+    d_sum, d_entropy = cotangents.logit_sum, cotangents.entropy
     targets = d_targets = loss_scale = None
     # What a kernel does of a token with one target, PyTorch does of those with more; and of
     # float16, whose range wants to know what comes of it.
