@@ -84,10 +84,15 @@ def compute_statistics(problem: HeadProblem, like: Statistics) -> Statistics:
     own = Own(probed.own, probed.own_logit)
     found = combine(parts, probed.rows, own, column_mass, block_n=block_tokens(problem))
     logit_sum, weight = found.logit_sum, problem.logit_weight
-    if logit_sum is not None and weight is not None:  # less the log-sum-exp
-        total = weight.sum()
-        logit_sum = logit_sum - total * found.lse - total * found.lse_low
+    if logit_sum is not None and weight is not None:
+        of_logits, lse, low = logit_sum, found.lse, found.lse_low
+        logit_sum = like_or(of_logits, lambda: _less(of_logits, weight.sum(), lse, low))
     return _filled(like, found._replace(logit_sum=logit_sum), problem, probed)
+
+
+def _less(logit_sum: Tensor, total: Tensor, lse: Tensor, low: Tensor) -> Tensor:
+    """``sum_v w[v] (z[n, v] - lse[n])`` of ``sum_v w[v] z[n, v]`` and ``sum_v w[v]``."""
+    return logit_sum - total * lse - total * low
 
 
 def _head(problem: HeadProblem) -> Head:

@@ -73,6 +73,10 @@ def side_by_side(
     d_lse, d_target, d_log_prob = (
         zeros if given is None else given for given in (d_lse, d_target, d_log_prob)
     )
+    weight = problem.logit_weight
+    if not combined and d_sum is not None and weight is not None:  # which has a log-sum-exp in it
+        of_lse, of_sum = d_lse, d_sum
+        d_lse = like_or(statistics.lse, lambda: of_lse - of_sum * weight.sum())
     of_tokens = PerToken(
         own=labels,
         lse=statistics.lse,
