@@ -1,4 +1,4 @@
-"""The command line: ``crosscut bench``, ``report``, ``tune``, ``explain`` and ``env``.
+"""The command line: ``crosscut bench``, ``report``, ``tune``, ``explain``, ``estimate``, ``env``.
 
 Needs the extra ``crosscut[cli]``; real heads and plots need ``crosscut[bench]``, and load what is
 slow to load only when they are asked for.
@@ -6,10 +6,12 @@ slow to load only when they are asked for.
 
 from __future__ import annotations
 
+import json as json_
 import os
 import shlex
 import sys
 import tempfile
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -32,7 +34,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import crosscut
 from crosscut.backends import NAMES
-from crosscut.bench import BenchError, contenders, results, tune, workloads
+from crosscut.bench import BenchError, contenders, estimate_report, results, tune, workloads
+from crosscut.bench import estimate as estimates
 from crosscut.bench import report as reports
 from crosscut.bench.progress import Bars
 from crosscut.bench.results import BenchResult
@@ -105,6 +108,28 @@ GPU is then taken to be one that crosscut's kernels run on.
 - `crosscut explain --tokens 8192 --hidden 2304 --vocab 256000 --dtype bf16 --device cuda`
 - `crosscut explain --policy cce --backend blocks`
 - `crosscut explain --teacher-hidden 4096 --device cuda` : of `linear_kl_div`, with a teacher
+"""
+
+_ESTIMATE_HELP = """
+Say on paper what an output head and its loss cost: memory, time, bytes moved, the largest batch.
+
+Nothing is computed and no GPU is needed. For plain PyTorch, chunks, cut-cross-entropy and crosscut
+it adds up what each holds on a rank at its peak, with every term by name. Times are the logits
+matmul's times the ratios that the bench measured on one H100; the result of the nearest shape is
+taken and named. What is not known is said to be unknown.
+
+A model's name stands for its D, V, layers and number of parameters. `--tokens` is per rank;
+`--tensor-parallel` ranks share the vocabulary and see the same tokens, `--data-parallel` groups of
+them have tokens of their own. The largest N counts weights, gradients, Adam's two moments, what
+enters each layer, and the head.
+
+**Examples**
+
+- `crosscut estimate --model llama3-8b --tokens 8192`
+- `crosscut estimate --tensor-parallel 4 --data-parallel 4 --fsdp --bandwidth 450`
+- `crosscut estimate --hidden 2048 --vocab 151936 --layers 28 --parameters 1720000000`
+- `crosscut estimate --model gemma2-2b --json cost.json --plot cost.png`
+- `crosscut estimate --paper` : how many tokens fit on 16 GPUs with logits and without, 15 models
 """
 
 
@@ -323,6 +348,69 @@ def explain(
     print(explanation)
     if explanation.backend is None:
         raise typer.Exit(EXIT_FAILED_GATE)
+
+
+@app.command(help=_ESTIMATE_HELP)
+def estimate(
+    model: Annotated[
+        str, typer.Option(help=f"One of {', '.join(estimates.MODELS)}.")
+    ] = estimates.DEFAULT_MODEL,
+    tokens: Annotated[int, typer.Option(help="Number of tokens N of a rank.")] = 8192,
+    hidden: Annotated[
+        int | None, typer.Option(help="Hidden size D, in place of the model's.")
+    ] = None,
+    vocab: Annotated[
+        int | None, typer.Option(help="Vocabulary V, in place of the model's.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers, in place of the model's.")] = None,
+    parameters: Annotated[
+        int | None, typer.Option(help="Number of parameters, in place of the model's.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    tensor_parallel: Annotated[int, typer.Option(help="Ranks that share the vocabulary.")] = 1,
+    data_parallel: Annotated[
+        int, typer.Option(help="Groups of such ranks, each with tokens of its own.")
+    ] = 1,
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="The groups share weights, gradients and moments.")
+    ] = False,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="GB/s that a rank sends, for times of what moves.")
+    ] = None,
+    memory: Annotated[
+        float, typer.Option(help="GiB of a rank; 75 are what a card of 80 GB leaves.")
+    ] = estimates.CARD_GIB,
+    json: Annotated[Path | None, typer.Option(help="Write the estimate to this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw it to this file (.png, .svg, .pdf).")
+    ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Print the paper's table, and stop.")
+    ] = False,
+) -> None:
+    """See ``_ESTIMATE_HELP``."""
+    if paper:
+        Console().print(estimate_report.paper(estimates.paper_table()))
+        return
+    try:
+        _check_output("--json", json)
+        _check_output("--plot", plot)
+        request = estimates.request_for(
+            model, tokens, hidden=hidden, vocab=vocab, layers=layers, parameters=parameters,
+            dtype=dtype, tensor_parallel=tensor_parallel, data_parallel=data_parallel, fsdp=fsdp,
+            bandwidth=bandwidth, memory=memory,
+        )  # fmt: skip
+        found = estimates.estimate(request)
+        name = estimates.name_of(model, request)
+        Console().print(estimate_report.show(name, found))
+        if json is not None:
+            json.write_text(json_.dumps(asdict(found), indent=1) + "\n")
+            _written("Estimate", json)
+        if plot is not None:
+            estimate_report.plot(name, found, plot)
+            _written("Plot", plot)
+    except (BenchError, OSError) as error:
+        _fail(error)
 
 
 @app.command()
