@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from crosscut import backends, distillation_ops, ops, statistics, tokens
@@ -285,7 +284,7 @@ def _with_tail(q: Tensor, rest: Tensor, logits: Tensor, kept: Tensor) -> Tensor:
     """The divergence of each token [N] where all classes but its k count as one.
 
     What is left to them is not ``1 - p``, which a sure student leaves no digit of, but their own
-    mass: the softmax between them and the k, and then among the k.
+    mass: they are one more logit, their log-sum-exp.
 
     Args:
         q: the teacher's probabilities [N, K], 0 where not kept.
@@ -295,11 +294,10 @@ def _with_tail(q: Tensor, rest: Tensor, logits: Tensor, kept: Tensor) -> Tensor:
     """
     counts = kept.any(-1)
     logits = torch.where(kept, logits, -torch.inf)
-    odds = torch.where(counts, logits.logsumexp(-1) - rest, 0)
-    log_p = torch.where(kept, logits.log_softmax(-1) + F.logsigmoid(odds)[:, None], 0)
-    q_rest = (1 - q.sum(-1)).clamp_min(0)
-    of_rest = _relative_entropy(q_rest, F.logsigmoid(-odds))
-    return torch.where(counts, _relative_entropy(q, log_p).sum(-1) + of_rest, 0)
+    rest = torch.where(counts, rest, 0)
+    log_p = torch.cat([logits, rest[:, None]], -1).log_softmax(-1)
+    q = torch.cat([q, (1 - q.sum(-1, keepdim=True)).clamp_min(0)], -1)
+    return torch.where(counts, _relative_entropy(q, log_p).sum(-1), 0)
 
 
 def _relative_entropy(q: Tensor, log_p: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from crosscut.backends.blocks.backward import compute_gradients
 from crosscut.backends.blocks.distillation import compute_divergences, compute_student_gradients
 from crosscut.backends.blocks.forward import BLOCK_N, KEPT, column_blocks, compute_statistics
-from crosscut.backends.blocks.logits import check_labels
+from crosscut.backends.blocks.logits import check_labels, filters_columns
 from crosscut.backends.blocks.tile_filter import tile_filtered_backward
 from crosscut.backends.protocol import (
     DECLARED,
@@ -47,12 +47,12 @@ class BlocksBackend:
 
     def forward(self, problem: HeadProblem, *, for_backward: bool) -> Statistics:
         check_labels(problem)
-        filters = _filters_columns(problem)
+        filters = filters_columns(problem)
         return compute_statistics(problem, filter_columns=for_backward and filters)
 
     def forward_like(self, problem: HeadProblem, *, for_backward: bool) -> Statistics:
         num_tokens = len(problem.labels)
-        filtered = for_backward and _filters_columns(problem)
+        filtered = for_backward and filters_columns(problem)
 
         def new(*shape: int) -> torch.Tensor:
             return problem.hidden.new_empty(shape, dtype=problem.statistics_dtype)
@@ -73,7 +73,7 @@ class BlocksBackend:
 
     def sparsity(self, problem: HeadProblem, statistics: Statistics) -> tuple[float, float]:
         rows = problem.rows
-        if not len(rows) or not _filters_columns(problem):
+        if not len(rows) or not filters_columns(problem):
             return 1.0, 0.0
         kept = (statistics.saved.column_mass == KEPT).double().mean(1)[: column_blocks(len(rows))]
         sizes = kept.new_tensor([len(block) for block in rows.split(BLOCK_N)])
@@ -94,15 +94,3 @@ class BlocksBackend:
         needs: Needs,
     ) -> Gradients:
         return compute_student_gradients(problem, found, cotangents, needs)
-
-
-def _filters_columns(problem: HeadProblem) -> bool:
-    """Whether the policy leaves out columns of the softmax.
-
-    A weighted sum of softcapped logits has a gradient at every logit: nothing can be left out.
-    """
-    if problem.logit_weight is not None and problem.options.softcap is not None:
-        return False
-    low_precision = problem.hidden.dtype in (torch.bfloat16, torch.float16)
-    policy = problem.options.policy
-    return policy == "filtered" or (policy == "auto" and low_precision)

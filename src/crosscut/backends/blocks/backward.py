@@ -89,7 +89,7 @@ class _Tokens:
     lse: Tensor
     lse_low: Tensor
     center: Tensor | None  # the dot product at which a dense sweep in low precision rounds least
-    factor: Tensor
+    factor: Tensor  # of p; of exp(z - lse) where log p is not needed
     d_entropy: Tensor | None
     d_sum: Tensor | None
     kept: Tensor  # classes, sorted
@@ -132,6 +132,7 @@ def _group(
         )
         is_own = labels == own[rows][owners]
         lse, rest = statistics.lse[rows], -log_prob[rows].expm1()
+        lse_low = statistics.saved.lse_low[rows]
         sparse = column_mass is not None
         hidden, center = take_rows(problem.hidden, rows), None
         if survey is not None and not sparse:
@@ -154,9 +155,9 @@ def _group(
             d_target=torch.where(is_own, d_own[owners], d_target),
             dz_label=torch.zeros_like(d_target),
             lse=lse,
-            lse_low=statistics.saved.lse_low[rows],
+            lse_low=lse_low,
             center=center,
-            factor=of_rows.factor[rows],
+            factor=of_rows.factor[rows] * ((-lse_low).exp() if d_entropy is None else 1),
             d_entropy=None if d_entropy is None else d_entropy[rows],
             d_sum=None if d_sum is None else d_sum[rows],
             kept=kept(labels, column_mass),
@@ -188,6 +189,7 @@ class _Sweep:
         self.needs = needs
         self.logits = LogitBlocks(problem)
         self.logits.expect(statistics.lse)
+        self.logits.expect_tokens(len(problem.rows))
         self.groups = _group(problem, statistics, cotangents, self.logits)
         self.low_rank = _LowRank(problem, self.groups, statistics.lse)
         classifier, bias = problem.classifier, problem.bias
@@ -290,17 +292,19 @@ class _Sweep:
         if hidden.dtype != logits.dtype and tokens.center is not None:
             center = tokens.center[part]
         dz, slope = logits.sloped_block(classifier, bias, hidden, lse, center)
-        dz.sub_(tokens.lse_low[part])
         d_entropy = None if tokens.d_entropy is None else tokens.d_entropy[part]
+        if d_entropy is not None:  # and log p is needed, too
+            dz.sub_(tokens.lse_low[part])
         dz = softmax_gradient(dz, tokens.factor[part], d_entropy)
         pairs = tokens.labels_of(part)
         row, mine = find_labels(classes, len(dz), tokens.labels[pairs])
         at_label = row, tokens.owners[pairs][mine] - (part.start or 0)
         of_others = torch.where(tokens.is_own[pairs][mine], 0, dz[at_label])
         dz[at_label] = of_others + tokens.d_target[pairs][mine]
+        if tokens.column_mass is None and tokens.d_sum is not None:
+            assert problem.logit_weight is not None
+            dz.addr_(problem.logit_weight[classes].to(dz), tokens.d_sum[part])
         if slope is not None:
-            if tokens.d_sum is not None and problem.logit_weight is not None:
-                dz.addr_(problem.logit_weight[classes].to(dz), tokens.d_sum[part])
             dz.mul_(slope)
         tokens.dz_label[pairs][mine] = dz[at_label]
         dz[at_label] = 0
@@ -310,8 +314,8 @@ class _Sweep:
 class _LowRank:
     """The part of dz that is a sum of few products ``tokens [n] x classes [V]``.
 
-    One for the tail of each group that has one; one for the logit sum, whose gradient is the same
-    at every logit (without a softcap).
+    One for the tail of each group that has one; one for its logit sum, whose gradient is the same
+    at every logit.
     """
 
     def __init__(self, problem: HeadProblem, groups: list[_Tokens], like: Tensor) -> None:
@@ -325,11 +329,11 @@ class _LowRank:
                 across_tokens = torch.where(total > 0, across_tokens, 0)
                 self.terms.append((tokens, len(across_classes), across_tokens))
                 across_classes.append(mass)
-        if problem.logit_weight is not None and problem.options.softcap is None:
+        if problem.logit_weight is not None:
             self.terms += [
                 (tokens, len(across_classes), tokens.d_sum)
                 for tokens in groups
-                if tokens.d_sum is not None
+                if tokens.column_mass is not None and tokens.d_sum is not None
             ]
             across_classes.append(problem.logit_weight.to(like))
 

@@ -361,6 +361,7 @@ class _Side:
     ) -> None:
         self.problem, self.rows = problem, rows
         self.logits = LogitBlocks(problem, least)
+        self.logits.expect_tokens(len(rows))
         zeros = torch.zeros(rows.shape, dtype=self.logits.dtype, device=rows.device)
         self.lse = LogSum.of_nothing(zeros.to(self.logits.wide))
         self.reference = zeros  # what blocks are relative to: the log-sum-exp as far as known

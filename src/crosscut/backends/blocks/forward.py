@@ -18,7 +18,7 @@ matrix with the same row sums ``tail_mass`` and the same column sums ``column_ma
     p[n, v]  ~=  tail_mass[n] * column_mass[v] / sum_v column_mass[v]      (n, v) in the tail
 
 What decides is r and not p: a token's gradient is as large as the mass of its others, and what may
-be left out of it is a share of that.
+be left out of it is a share of that. With a softcap, r is a share of the mass times the slope.
 
 The final log-sum-exp is not known during the sweep. The running one is: a lower bound, so a column
 is kept rather once too often. *Scouts* bring it close from the start: the classes that are labels
@@ -131,6 +131,9 @@ class _Sweep:
 
         zeros = torch.zeros(rows.shape, dtype=self.logits.dtype, device=rows.device)
         self.others = LogSum.of_nothing(zeros.to(self.logits.wide))
+        # The same of what the softcap has left of the gradient.
+        capped = self.logits.softcap is not None
+        self.sloped = LogSum.of_nothing(self.others.high) if capped else self.others
         self.gap = zeros.to(self.logits.wide)  # others less the mean logit of the others
         self.target_logit = self._indexed_matmul()  # [R, K]
         self.own = own_labels(self.labels, self.target_logit)  # [R]
@@ -142,6 +145,8 @@ class _Sweep:
         finite = self.own_logit.isfinite()
         self.reference = torch.where(finite, self.own_logit, 0).to(self.logits.dtype)
         self.logits.expect(self.reference)
+        if problem.logit_weight is not None:
+            self.logits.expect_tokens(len(rows))
         self.survey = None
         if self.logits.fast != self.logits.dtype:
             self.survey = Survey(self.logits, problem)
@@ -156,6 +161,8 @@ class _Sweep:
 
         self.filter_columns = filter_columns
         most = min(MAX_SCOUTS, self.num_classes // 16)
+        if self.logits.consistent and self.logits.fast == self.logits.dtype:
+            most = 0  # no better than the others, and not the same to the last bit
         self.scouts = _most_frequent(self.labels[self.labels >= 0], most)  # sorted
         blocks = column_blocks(problem.labels.shape[0]) if filter_columns else 0
         self.column_mass = zeros.new_zeros(blocks, self.num_classes)
@@ -179,10 +186,13 @@ class _Sweep:
 
     def visit_scouts(self) -> None:
         """The classes that hold most of the mass, in the full precision of the statistics."""
+        none = self.scouts[:0]
         for classes in self.scouts.split(BLOCK_V // 4) if len(self.scouts) else ():
             classifier = self.problem.classifier[classes].to(self.logits.dtype)
             for _, part, hidden in self._tokens():
-                self._reduce(classes, classifier, hidden.to(classifier), part, self.scouts[:0])
+                found = self._reduce(classes, classifier, hidden.to(classifier), part, none)
+                if self.filter_columns:
+                    self._add_slope(*found, part)
 
     def visit(self, start: int) -> None:
         """One block of classes, less the scouts; every token, BLOCK_N at a time."""
@@ -195,20 +205,29 @@ class _Sweep:
                 classes, classifier, hidden.to(classifier), part, scouts
             )  # [BLOCK_V, BLOCK_N]
             if self.filter_columns:
-                if slope is not None:
-                    block.mul_(slope)
+                self._add_slope(block, slope, reference, part)
                 log_tail[part] = self._filter(block, reference, index, part, classes) + reference
         if self.filter_columns:
             self.log_tail.append(log_tail)
+
+    def _add_slope(
+        self, block: Tensor, slope: Tensor | None, reference: Tensor, part: slice
+    ) -> None:
+        """Multiply the exponentials of a block by the softcap's slope, and add them up."""
+        if slope is None:
+            return
+        sums = block.mul_(slope).sum(0).to(self.gap)
+        of_block = LogSum(reference.to(sums), sums.log())
+        self.sloped.put(part, self.sloped.at(part).plus(of_block))
 
     def _filter(
         self, block: Tensor, reference: Tensor, index: int, part: slice, classes: slice
     ) -> Tensor:
         """Decide each column of a block; log of the tail's mass of each token, less reference."""
-        others = self.others.at(part)
-        lse = others.plus(self.own_sum.at(part)).value()
+        lse = self.others.at(part).plus(self.own_sum.at(part)).value()
         of_others, mass = (
-            block @ (reference - total).exp().to(block) for total in (others.value(), lse)
+            block @ (reference - total).exp().to(block)
+            for total in (self.sloped.at(part).value(), lse)
         )  # [BLOCK_V], the sums of r and of p
         threshold = block.shape[1] * min(DROP_BELOW, MAX_TAIL_MASS / self.num_classes)
         column_mass = self.column_mass[index, classes]
@@ -245,7 +264,7 @@ class _Sweep:
         """Log-probabilities [R, K]."""
         lse = self.lse()
         own_log_prob = F.logsigmoid(self.own_sum.minus(self.others))
-        own_log_prob += lse.high - lse.high  # 0; of infinite logits, as in PyTorch, comes a NaN
+        own_log_prob += lse.value() - lse.value()  # 0; of infinite logits, as in PyTorch, NaN
         others = (self.target_logit - lse.high[:, None]) - lse.low[:, None]
         log_prob = torch.where(self.labels == self.own[:, None], own_log_prob[:, None], others)
         return log_prob.masked_fill_(self.labels < 0, 0)
@@ -255,6 +274,7 @@ class _Sweep:
         assert self.weight is not None
         lse, known = self.lse(), self.own_logit.isfinite()
         own_log_prob = F.logsigmoid(self.own_sum.minus(self.others))
+        own_log_prob += lse.value() - lse.value()
         start = torch.where(known, own_log_prob, -lse.value())
         of_own = self.weight[self.own] * self.own_logit
         return self.logit_sum + self.weight.sum() * start + torch.where(known, 0, of_own)
@@ -308,15 +328,27 @@ class _Sweep:
             center = None
         elif hidden.dtype != self.logits.dtype and self.survey is not None:
             center = self.survey.center((self.seen[0][part], self.seen[1][part]), reference)
+        full = center is None  # the logits themselves are at hand, and precise
         block, slope = self.logits.sloped_block(
-            classifier, bias, hidden, reference, center, sloped=self.filter_columns
-        )
+            classifier, bias, hidden, None if full else reference, center,
+            sloped=self.filter_columns,
+        )  # fmt: skip
         own = find_labels(classes, len(block), self.own[part])
+        if full:
+            of_own = block[own]
+            block[own] = -math.inf
+            highest = block.amax(0)
+            far = self._are_far(highest - reference, part) & highest.isfinite()
+            reference = torch.where(far, highest, reference)
+            block[own] = of_own
+            block.sub_(reference)
         if self.weight is not None:
-            self._add_to_logit_sum(self.weight[classes].index_fill(0, seen, 0), block, own, part)
+            weight = self.weight[classes].index_fill(0, seen, 0)
+            self._add_to_logit_sum(weight, block, reference, own, part)
         block.index_fill_(0, seen, -math.inf)
         block[own] = -math.inf
-        self._make_far_ones_again(block, slope, reference, part, (classifier, bias, hidden))
+        if not full:
+            self._make_far_ones_again(block, slope, reference, part, (classifier, bias, hidden))
         if self.problem.ranks:
             self._rank(classes, block, reference, part)
         if not self.problem.entropy:
@@ -344,6 +376,14 @@ class _Sweep:
         self.best_logit[part] = torch.where(better, logit, best)
         self.best_class[part] = torch.where(better, index[row], self.best_class[part])
 
+    def _are_far(self, highest: Tensor, part: slice) -> Tensor:
+        """Whether the highest of a block is far above the reference, given their distance [n].
+
+        Or on either side of it, as long as nothing is known of the others.
+        """
+        unknown = self.others.at(part).low == -math.inf
+        return (highest > FAR) | (unknown & (highest < -FAR))
+
     def _make_far_ones_again(
         self,
         block: Tensor,
@@ -352,14 +392,9 @@ class _Sweep:
         part: slice,
         factors: tuple[Tensor, Tensor | None, Tensor],
     ) -> None:
-        """Mend columns of a block, and slopes, whose highest logit is far from their reference.
-
-        Far above it; or on either side, as long as nothing is known of the others.
-        """
+        """Mend columns of a block, and slopes, whose highest logit is far from their reference."""
         highest = block.amax(0)
-        unknown = self.others.at(part).low == -math.inf
-        wrong = (highest > FAR) | (unknown & (highest < -FAR))
-        tokens = (wrong & highest.isfinite()).nonzero().squeeze(1)
+        tokens = (self._are_far(highest, part) & highest.isfinite()).nonzero().squeeze(1)
         if not len(tokens):
             return
         classifier, bias, hidden = factors
@@ -379,13 +414,18 @@ class _Sweep:
         self.logits.expect(reference)
 
     def _add_to_logit_sum(
-        self, weight: Tensor, block: Tensor, own: tuple[Tensor, Tensor], part: slice
+        self,
+        weight: Tensor,
+        block: Tensor,
+        reference: Tensor,
+        own: tuple[Tensor, Tensor],
+        part: slice,
     ) -> None:
-        """Add a block, relative to the running reference, to a sum relative to the own logit."""
+        """Add a block, relative to the reference, to a sum relative to the own logit."""
         block[own] = 0
         weights = weight.sum().expand(block.shape[1]).index_add(0, own[1], -weight[own[0]])
         known = self.own_logit[part].isfinite()
-        moved = self.reference[part] - torch.where(known, self.own_logit[part], 0)
+        moved = reference - torch.where(known, self.own_logit[part], 0)
         self.logit_sum[part] += weight.to(block) @ block + weights * moved
 
     def _add_to_others(

@@ -28,6 +28,11 @@ NEGLIGIBLE = -1e4
 """The logarithm of a softmax that is 0 in every dtype: stands for -inf, where 0 * inf would be."""
 
 
+FEW_TOKENS = 32
+"""So many valid tokens have gradients, and sums over all their logits, in full precision: logits
+far from the center may be all that there is to a row of dC, and matmuls wait for the classifier to
+be read anyway."""
+
 SAMPLE = 256
 """How many classes say where the logits are, before all are made."""
 
@@ -75,6 +80,18 @@ def take_rows(values: Tensor, rows: Tensor) -> Tensor:
     if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
         return values.narrow(0, int(rows[0]), len(rows))
     return values[rows]
+
+
+def filters_columns(problem: HeadProblem) -> bool:
+    """Whether the policy leaves out columns of the softmax.
+
+    A weighted sum of softcapped logits has a gradient at every logit: nothing can be left out.
+    """
+    if problem.logit_weight is not None and problem.options.softcap is not None:
+        return False
+    low_precision = problem.hidden.dtype in (torch.bfloat16, torch.float16)
+    policy = problem.options.policy
+    return policy == "filtered" or (policy == "auto" and low_precision)
 
 
 def sample_classes(num_classes: int, device: torch.device) -> Tensor:
@@ -142,9 +159,9 @@ class LogSum:
         return LogSum(high, low + F.softplus(-odds.abs()))
 
     def rounded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The value, and what it lost."""
+        """The value, and what it lost; NaN where it is infinite, as every p is then."""
         value = self.value().to(dtype)
-        lost = torch.where(value.isfinite(), (self.high - value) + self.low, 0)
+        lost = torch.where(value.isfinite(), (self.high - value) + self.low, torch.nan)
         return value, lost.to(dtype)
 
 
@@ -172,6 +189,8 @@ class LogitBlocks:
     Attributes:
         dtype: dtype of the blocks and of every sum over them: float32 or float64.
         fast: dtype of the matmuls that sweep the whole vocabulary.
+        consistent: whether logits in full precision are the same to the last bit in forward and
+            backward: else a p near 1 is off, where the class is not the token's own.
         wide: dtype of [n] and [v] vectors that are added to many times. float64 where there is.
     """
 
@@ -180,6 +199,7 @@ class LogitBlocks:
         self.fast = matmul_dtype(problem.hidden.dtype, problem.hidden.device)
         if problem.ranks:  # of logits that are equal, or nearly
             self.fast = self.dtype
+        self.consistent = not filters_columns(problem)
         self.wide = self.dtype if problem.hidden.device.type == "mps" else torch.float64
         self.scale = problem.options.logit_scale
         self.softcap = problem.options.softcap
@@ -244,13 +264,20 @@ class LogitBlocks:
             logit: [n].
             dtype: that of the matmul.
         """
+        if dtype == self.dtype:
+            return logit if self._plain and not self.consistent else None
         if self._plain:
             return logit
-        if dtype == self.dtype or not self.scale:
-            return None
+        if not self.scale:
+            return torch.zeros_like(logit)
         if self.softcap is not None:
             logit = self.softcap * torch.atanh((logit / self.softcap).clamp(-0.75, 0.75))
         return (logit - self._bias) / self.scale
+
+    def expect_tokens(self, num_tokens: int) -> None:
+        """Go on in full precision if so many valid tokens are few."""
+        if num_tokens <= FEW_TOKENS:
+            self.fast = self.dtype
 
     def expect(self, reference: Tensor) -> None:
         """Go on in full precision if a low-precision matmul cannot subtract such references."""
@@ -318,6 +345,5 @@ class Survey:
     def center(self, seen: tuple[Tensor, Tensor], others: Tensor) -> Tensor:
         """The dot product at which to round least, given what was seen, and the log-sum-exp."""
         (mean, lse), near = seen, self._logits.center_at(others, self._classifier.dtype)
-        if near is None:
-            return mean
+        assert near is not None
         return torch.lerp(near, mean, (lse - others).exp().nan_to_num_(0).clamp_max_(1))
