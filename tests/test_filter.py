@@ -26,7 +26,7 @@ from support.judging import (
 from torch import Tensor
 
 import crosscut
-from crosscut.backends.blocks.forward import DROP_BELOW
+from crosscut.backends.column_filter import DROP_BELOW
 
 EXACT = 1e-12
 """Relative rounding error of sums in float64, generously."""

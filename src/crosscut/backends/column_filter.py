@@ -1,8 +1,10 @@
-"""When the default gradient on a GPU leaves out columns of the softmax, which, and how many fit.
+"""When the default gradient leaves out columns of the softmax, which, and how many fit.
 
 Everything that decides is here: thresholds, capacity, predicate, and what
-:func:`crosscut.gradient_sparsity` says of it. Kernels do as it is said here
-(:mod:`crosscut.kernels.selected_pairs`).
+:func:`crosscut.gradient_sparsity` says of it. First for kernels, which do as it is said here
+(:mod:`crosscut.kernels.selected_pairs`); in the end for plain PyTorch
+(:mod:`crosscut.backends.blocks.forward`), whose blocks are larger, and whose masses are not
+rounded.
 """
 
 from __future__ import annotations
@@ -188,3 +190,44 @@ def sparsity(problem: HeadProblem, statistics: Statistics) -> tuple[float, float
         return 1.0, 0.0
     tail = masses[~selected].sum().item() * mass_unit(masses.shape[1])
     return selected.double().mean().item(), tail / num_rows
+
+
+BLOCK_N = 1024
+"""Tokens of one block of plain PyTorch, and of one decision."""
+
+DROP_BELOW = 2.0**-21
+"""A column of a smaller mean softmax over a block's tokens joins the tail."""
+
+MAX_TAIL_MASS = 2.0**-3
+"""DROP_BELOW is lowered where needed to bound the tail's share of the softmax by this."""
+
+SELECTED = -1.0
+"""What ``column_mass`` says of a column that is not in the tail."""
+
+
+def filters_blocks(problem: HeadProblem) -> bool:
+    """Whether plain PyTorch leaves out columns of the softmax.
+
+    A weighted sum of softcapped logits has a gradient at every logit: nothing can be left out.
+    """
+    if problem.logit_weight is not None and problem.options.softcap is not None:
+        return False
+    low_precision = problem.hidden.dtype in (torch.bfloat16, torch.float16)
+    policy = problem.options.policy
+    return policy == "filtered" or (policy == "auto" and low_precision)
+
+
+def column_blocks(num_tokens: int) -> int:
+    """Rows of ``column_mass``: blocks of tokens that decide together."""
+    return math.ceil(num_tokens / BLOCK_N)
+
+
+def sparsity_of_blocks(problem: HeadProblem, statistics: Statistics) -> tuple[float, float]:
+    """Share of the pairs that are selected, and mean mass of the others."""
+    rows = problem.rows
+    if not len(rows) or not filters_blocks(problem):
+        return 1.0, 0.0
+    column_mass, tail_mass = statistics.saved.column_mass, statistics.saved.tail_mass
+    selected = (column_mass == SELECTED).double().mean(1)[: column_blocks(len(rows))]
+    sizes = selected.new_tensor([len(block) for block in rows.split(BLOCK_N)])
+    return (sizes @ selected).item() / len(rows), tail_mass.sum().item() / len(rows)

@@ -12,9 +12,10 @@ import torch
 
 from crosscut.backends.blocks.backward import compute_gradients
 from crosscut.backends.blocks.distillation import compute_divergences, compute_student_gradients
-from crosscut.backends.blocks.forward import BLOCK_N, KEPT, column_blocks, compute_statistics
-from crosscut.backends.blocks.logits import check_labels, filters_columns
+from crosscut.backends.blocks.forward import compute_statistics
+from crosscut.backends.blocks.logits import check_labels
 from crosscut.backends.blocks.tile_filter import tile_filtered_backward
+from crosscut.backends.column_filter import column_blocks, filters_blocks, sparsity_of_blocks
 from crosscut.backends.protocol import (
     DECLARED,
     Cotangents,
@@ -47,12 +48,12 @@ class BlocksBackend:
 
     def forward(self, problem: HeadProblem, *, for_backward: bool) -> Statistics:
         check_labels(problem)
-        filters = filters_columns(problem)
+        filters = filters_blocks(problem)
         return compute_statistics(problem, filter_columns=for_backward and filters)
 
     def forward_like(self, problem: HeadProblem, *, for_backward: bool) -> Statistics:
         num_tokens = len(problem.labels)
-        filtered = for_backward and filters_columns(problem)
+        filtered = for_backward and filters_blocks(problem)
 
         def new(*shape: int) -> torch.Tensor:
             return problem.hidden.new_empty(shape, dtype=problem.statistics_dtype)
@@ -72,13 +73,7 @@ class BlocksBackend:
         return compute_gradients(problem, statistics, cotangents, needs)
 
     def sparsity(self, problem: HeadProblem, statistics: Statistics) -> tuple[float, float]:
-        rows = problem.rows
-        if not len(rows) or not filters_columns(problem):
-            return 1.0, 0.0
-        kept = (statistics.saved.column_mass == KEPT).double().mean(1)[: column_blocks(len(rows))]
-        sizes = kept.new_tensor([len(block) for block in rows.split(BLOCK_N)])
-        tail = statistics.saved.tail_mass.sum().item()
-        return (sizes @ kept).item() / len(rows), tail / len(rows)
+        return sparsity_of_blocks(problem, statistics)
 
     def why_not_distil(self, problem: DistillationProblem) -> str | None:
         return self.why_not(problem.student) or self.why_not(problem.teacher)

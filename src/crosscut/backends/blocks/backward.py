@@ -14,16 +14,16 @@ over many, and added to their results: rounded once.
 
 The columns of each block of tokens are of three kinds:
 
-    kept    few, gathered, in the full precision of the statistics. Among them the block's labels,
-            whose gradients are the largest, unless the dense sweep is in full precision too.
-    tail    the rest, where the forward filtered columns: nothing is made again. The tail of p is
-            replaced by the rank-one matrix ``tail_mass x column_mass / total``, which has its row
-            and column sums:
-            dH += (factor tail_mass / total) x (column_mass C)
-            dC += column_mass x ((factor tail_mass / total) H)
-    dense   the rest, where it did not: swept block by block in the dtype of fast matmuls. Also
-            wherever the entropy has a cotangent: p log p is large where p no longer is, and no
-            sums of it are at hand to stand for a tail.
+    selected  few, gathered, in the full precision of the statistics. Among them the block's labels,
+              whose gradients are the largest, unless the dense sweep is in full precision too.
+    tail      the rest, where the forward filtered columns: nothing is made again. The tail of p is
+              replaced by the rank-one matrix ``tail_mass x column_mass / total``, which has its row
+              and column sums:
+              dH += (factor tail_mass / total) x (column_mass C)
+              dC += column_mass x ((factor tail_mass / total) H)
+    dense     the rest, where it did not: swept block by block in the dtype of fast matmuls. Also
+              wherever the entropy has a cotangent: p log p is large where p no longer is, and no
+              sums of it are at hand to stand for a tail.
 
 The loop is over blocks of classes: the gradient of a block's classifier rows is complete when the
 block is left and is rounded to the output's dtype once. Only dH accumulates across blocks, in
@@ -34,11 +34,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from crosscut.backends.blocks.forward import BLOCK_N, KEPT
 from crosscut.backends.blocks.logits import (
     LogitBlocks,
     Survey,
@@ -47,6 +47,7 @@ from crosscut.backends.blocks.logits import (
     softmax_gradient,
     take_rows,
 )
+from crosscut.backends.column_filter import BLOCK_N, SELECTED
 from crosscut.backends.protocol import (
     Cotangents,
     Gradients,
@@ -69,14 +70,11 @@ def compute_gradients(
     problem: HeadProblem, statistics: Statistics, cotangents: Cotangents, needs: Needs
 ) -> Gradients:
     """The exact gradient, or the filtered one where the forward left a tail."""
-    sweep = _Sweep(problem, statistics, cotangents, needs)
-    for start in range(0, len(problem.classifier), sweep.step):
-        sweep.visit(slice(start, min(start + sweep.step, len(problem.classifier))))
-    return sweep.gradients()
+    return project(problem, statistics, select(problem, statistics, cotangents), needs)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Tokens:
+class SelectedTokens:
     """Tokens that keep the same classes. Vectors are [n], in the dtype of the statistics."""
 
     rows: Tensor  # into [N]
@@ -92,8 +90,8 @@ class _Tokens:
     factor: Tensor  # of p; of exp(z - lse) where log p is not needed
     d_entropy: Tensor | None
     d_sum: Tensor | None
-    kept: Tensor  # classes, sorted
-    column_mass: Tensor | None  # [V]: KEPT, or the mass of a column of the tail. None: dense
+    selected: Tensor  # classes, sorted
+    column_mass: Tensor | None  # [V]: SELECTED, or the mass of a column of the tail. None: dense
     tail_mass: Tensor | None
     d_hidden: Tensor  # [n, D], accumulates
 
@@ -106,17 +104,26 @@ class _Tokens:
         return slice(first, last)
 
 
-def _group(
-    problem: HeadProblem, statistics: Statistics, cotangents: Cotangents, logits: LogitBlocks
-) -> list[_Tokens]:
-    """The tokens that take part: one group a block with a tail, and the others together."""
-    # Where the dense sweep is in full precision, no class gains by being kept out of it.
+class Plan(NamedTuple):
+    """What :func:`select` decides, and :func:`project` does."""
+
+    logits: LogitBlocks
+    groups: list[SelectedTokens]
+    step: int  # classes of one visit
+
+
+def select(problem: HeadProblem, statistics: Statistics, cotangents: Cotangents) -> Plan:
+    """The valid tokens: one group per block with a tail, and the others together."""
+    logits = LogitBlocks(problem)
+    logits.expect(statistics.lse)
+    logits.expect_tokens(len(problem.rows))
+    # Where the dense sweep is in full precision, no class gains by being left out of it.
     dense_is_full = logits.fast == logits.dtype
     survey = None if dense_is_full else Survey(logits, problem)
 
-    def kept(labels: Tensor, column_mass: Tensor | None) -> Tensor:
+    def selected(labels: Tensor, column_mass: Tensor | None) -> Tensor:
         if column_mass is not None:
-            return (column_mass == KEPT).nonzero().squeeze(1)
+            return (column_mass == SELECTED).nonzero().squeeze(1)
         several = problem.labels.dim() > 1  # and then too many to gather them all
         return labels[:0] if dense_is_full or several else labels.unique()
 
@@ -124,7 +131,7 @@ def _group(
     own = own_labels(problem.labels, statistics.target_logit)
     log_prob = own_log_prob(problem.labels, own, statistics.log_prob)
 
-    def group(rows: Tensor, column_mass: Tensor | None) -> _Tokens:
+    def group(rows: Tensor, column_mass: Tensor | None) -> SelectedTokens:
         d_own, d_targets = of_rows.d_own[rows], of_rows.d_targets
         labels, owners, d_target = _distinct_labels(
             as_matrix(problem.labels[rows]),
@@ -146,7 +153,7 @@ def _group(
                 ]
             )
         d_entropy, d_sum = cotangents.entropy, cotangents.logit_sum
-        return _Tokens(
+        return SelectedTokens(
             rows=rows,
             hidden=hidden,
             labels=labels,
@@ -160,7 +167,7 @@ def _group(
             factor=of_rows.factor[rows] * ((-lse_low).exp() if d_entropy is None else 1),
             d_entropy=None if d_entropy is None else d_entropy[rows],
             d_sum=None if d_sum is None else d_sum[rows],
-            kept=kept(labels, column_mass),
+            selected=selected(labels, column_mass),
             column_mass=column_mass,
             tail_mass=statistics.saved.tail_mass[rows] if sparse else None,
             d_hidden=statistics.lse.new_zeros(len(rows), problem.hidden.shape[1]),
@@ -170,35 +177,39 @@ def _group(
     filtered = statistics.saved.column_mass.shape[0] > 0 and cotangents.entropy is None
     rows = problem.rows
     for index, block in enumerate(rows.split(BLOCK_N) if len(rows) else ()):
-        if filtered and (statistics.saved.column_mass[index] != KEPT).any():
+        if filtered and (statistics.saved.column_mass[index] != SELECTED).any():
             groups.append(group(block, statistics.saved.column_mass[index]))
         else:
             dense.append(block)
     if dense:
         groups += [group(block, None) for block in torch.cat(dense).split(DENSE_TOKENS)]
-    return groups
+    largest = max([problem.classifier.shape[1], *(len(tokens.rows) for tokens in groups)])
+    return Plan(logits, groups, max(128, min(4096, WORKSPACE // largest)))
 
 
-class _Sweep:
+def project(problem: HeadProblem, statistics: Statistics, plan: Plan, needs: Needs) -> Gradients:
+    """Carry out a plan."""
+    projection = _Projection(problem, statistics, plan, needs)
+    for start in range(0, len(problem.classifier), plan.step):
+        projection.visit(slice(start, min(start + plan.step, len(problem.classifier))))
+    return projection.gradients()
+
+
+class _Projection:
     """One pass over the vocabulary."""
 
     def __init__(
-        self, problem: HeadProblem, statistics: Statistics, cotangents: Cotangents, needs: Needs
+        self, problem: HeadProblem, statistics: Statistics, plan: Plan, needs: Needs
     ) -> None:
         self.problem = problem
         self.needs = needs
-        self.logits = LogitBlocks(problem)
-        self.logits.expect(statistics.lse)
-        self.logits.expect_tokens(len(problem.rows))
-        self.groups = _group(problem, statistics, cotangents, self.logits)
+        self.logits, self.groups, step = plan
         self.low_rank = _LowRank(problem, self.groups, statistics.lse)
         classifier, bias = problem.classifier, problem.bias
-        largest = max([classifier.shape[1], *(len(tokens.rows) for tokens in self.groups)])
-        self.step = max(128, min(4096, WORKSPACE // largest))  # classes of one visit
         self.d_classifier = classifier.new_empty(classifier.shape) if needs.classifier else None
         self._wide_rows = statistics.lse.new_empty(0, classifier.shape[1])
         if needs.classifier and classifier.dtype != self.logits.dtype:
-            self._wide_rows = statistics.lse.new_empty(self.step, classifier.shape[1])
+            self._wide_rows = statistics.lse.new_empty(step, classifier.shape[1])
         self.d_bias = torch.empty_like(bias) if needs.bias and bias is not None else None
 
     def visit(self, classes: slice) -> None:
@@ -208,11 +219,13 @@ class _Sweep:
         d_bias = self.low_rank.visit(classes, classifier, d_classifier)
 
         for tokens in self.groups:
-            kept = tokens.kept[(tokens.kept >= classes.start) & (tokens.kept < classes.stop)]
+            selected = tokens.selected[
+                (tokens.selected >= classes.start) & (tokens.selected < classes.stop)
+            ]
             if tokens.column_mass is None:
                 hidden, part = tokens.hidden.to(self.logits.fast), slice(None)
                 dz = self._dz(classes, classifier, hidden, tokens, part)  # [BLOCK_V, n]
-                dz.index_fill_(0, kept - classes.start, 0)
+                dz.index_fill_(0, selected - classes.start, 0)
                 d_bias += dz.sum(1)
                 dz = dz.to(self.logits.fast)
                 if self.needs.hidden:
@@ -220,15 +233,15 @@ class _Sweep:
                 if d_classifier is not None:
                     _add_product(d_classifier, dz, hidden)
             # After the dense sweep, whose gradients at the labels are the less precise ones.
-            for part in _parts(len(tokens.rows) if len(kept) else 0):
+            for part in _parts(len(tokens.rows) if len(selected) else 0):
                 hidden = tokens.hidden[part].to(self.logits.dtype)
-                rows = self.problem.classifier[kept].to(self.logits.dtype)
-                dz = self._dz(kept, rows, hidden, tokens, part)  # [kept, n]
+                rows = self.problem.classifier[selected].to(self.logits.dtype)
+                dz = self._dz(selected, rows, hidden, tokens, part)  # [selected, n]
                 if self.needs.hidden:
                     _add_product(tokens.d_hidden[part], dz.t(), rows)
                 if d_classifier is not None:
-                    d_classifier.index_add_(0, kept - classes.start, dz @ hidden)
-                d_bias.index_add_(0, kept - classes.start, dz.sum(1))
+                    d_classifier.index_add_(0, selected - classes.start, dz @ hidden)
+                d_bias.index_add_(0, selected - classes.start, dz.sum(1))
             self._add_labels(classes, tokens, d_classifier, d_bias)
 
         if self.d_classifier is not None and d_classifier is not None:
@@ -255,7 +268,7 @@ class _Sweep:
         return Gradients(d_hidden, self.d_classifier, self.d_bias)
 
     def _add_labels(
-        self, classes: slice, tokens: _Tokens, d_classifier: Tensor | None, d_bias: Tensor
+        self, classes: slice, tokens: SelectedTokens, d_classifier: Tensor | None, d_bias: Tensor
     ) -> None:
         """Each token's gradient at its labels, to the rows of a block of classes."""
         labels = tokens.labels
@@ -281,7 +294,7 @@ class _Sweep:
         classes: slice | Tensor,
         classifier: Tensor,
         hidden: Tensor,
-        tokens: _Tokens,
+        tokens: SelectedTokens,
         part: slice,
     ) -> Tensor:
         """Gradient of the logits before the softcap, [v, n]; 0 at labels, see ``dz_label``."""
@@ -318,8 +331,8 @@ class _LowRank:
     at every logit.
     """
 
-    def __init__(self, problem: HeadProblem, groups: list[_Tokens], like: Tensor) -> None:
-        self.terms: list[tuple[_Tokens, int, Tensor]] = []  # tokens, row below, [n]
+    def __init__(self, problem: HeadProblem, groups: list[SelectedTokens], like: Tensor) -> None:
+        self.terms: list[tuple[SelectedTokens, int, Tensor]] = []  # tokens, row below, [n]
         across_classes: list[Tensor] = []  # [V] each
         for tokens in groups:
             if tokens.column_mass is not None and tokens.tail_mass is not None:

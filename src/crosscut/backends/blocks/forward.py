@@ -21,13 +21,13 @@ What decides is r and not p: a token's gradient is as large as the mass of its o
 be left out of it is a share of that. With a softcap, r is a share of the mass times the slope.
 
 The final log-sum-exp is not known during the sweep. The running one is: a lower bound, so a column
-is kept rather once too often. *Scouts* bring it close from the start: the classes that are labels
-in this batch hold most of the mass of real text, and there are few of them, so they go first. What
-error remains in a block's column sums is taken out by scaling them to the block's row sums, which
-are known exactly in the end.
+is selected rather once too often. *Probe classes* bring it close from the start: those that are
+labels in this batch hold most of the mass of real text, and there are few of them, so they go
+first. What error remains in a block's column sums is taken out by scaling them to the block's row
+sums, which are known exactly in the end.
 
 Whatever the softmax, the tail's mass is bounded by V * DROP_BELOW: a flat softmax has no column to
-drop. Where more than half of the columns would be kept, all are.
+drop. Where more than half of the columns would be selected, all are.
 """
 
 from __future__ import annotations
@@ -48,21 +48,19 @@ from crosscut.backends.blocks.logits import (
     find_labels,
     take_rows,
 )
+from crosscut.backends.column_filter import (
+    BLOCK_N,
+    DROP_BELOW,
+    MAX_TAIL_MASS,
+    SELECTED,
+    column_blocks,
+)
 from crosscut.backends.protocol import HeadProblem, Saved, Statistics, own_labels
-
-BLOCK_N = 1024
-"""Tokens of one block, and of one decision of the column filter."""
 
 BLOCK_V = 4096
 """Classes of one block. A block of float32 logits is 16 MiB."""
 
-DROP_BELOW = 2.0**-21
-"""A column of a smaller mean softmax over a block's tokens joins the tail."""
-
-MAX_TAIL_MASS = 2.0**-3
-"""DROP_BELOW is lowered where needed to bound the tail's share of the softmax by this."""
-
-MAX_SCOUTS = 4096
+MAX_PROBES = 4096
 
 FAR = 4.0
 """Tokens with a higher exponent in a block have it made again, relative to their highest logit and
@@ -70,60 +68,68 @@ in full precision. What is that far above the reference is nearly all of the sof
 grows with the distance: in bfloat16 it is 2**-9 of it.
 """
 
-KEPT = -1.0
-"""What ``column_mass`` says of a column that is not in the tail."""
-
-
-def column_blocks(num_tokens: int) -> int:
-    """Rows of ``column_mass``: blocks of tokens that decide together."""
-    return math.ceil(num_tokens / BLOCK_N)
-
 
 def compute_statistics(problem: HeadProblem, *, filter_columns: bool) -> Statistics:
     """The statistics of every row that takes part; zeros elsewhere.
 
     They are the same bits whether the filter is wanted or not.
     """
-    rows = problem.rows
-    sweep = _Sweep(problem, rows, filter_columns=filter_columns)
-    if len(rows):
-        sweep.take_survey()
-        sweep.visit_scouts()
-        for start in range(0, sweep.num_classes, BLOCK_V):
-            sweep.visit(start)
+    running = probe(problem, filter_columns=filter_columns)
+    sweep(running)
+    return combine(running)
+
+
+def probe(problem: HeadProblem, *, filter_columns: bool) -> RunningStatistics:
+    """What is known before the sweep: target logits, where a token's logits are, probe classes."""
+    running = RunningStatistics(problem, problem.rows, filter_columns=filter_columns)
+    if len(running.rows):
+        running.take_survey()
+        running.visit_probes()
+    return running
+
+
+def sweep(running: RunningStatistics) -> None:
+    """All other classes."""
+    for start in range(0, running.num_classes if len(running.rows) else 0, BLOCK_V):
+        running.visit(start)
+
+
+def combine(running: RunningStatistics) -> Statistics:
+    """The statistics of all classes; each token's own joins the others."""
+    problem, rows = running.problem, running.rows
 
     def scatter(values: Tensor) -> Tensor:
         shape = (len(problem.labels), *values.shape[1:])
         return values.new_zeros(shape).index_copy_(0, rows, values)
 
     def none() -> Tensor:
-        return sweep.gap.new_empty(0, dtype=dtype)
+        return running.gap.new_empty(0, dtype=dtype)
 
     dtype = problem.statistics_dtype
-    lse, lse_low = sweep.lse().rounded(dtype)
+    lse, lse_low = running.lse().rounded(dtype)
     return Statistics(
         lse=scatter(lse),
-        target_logit=scatter(sweep.target_logit.to(dtype).view(-1, *problem.labels.shape[1:])),
-        log_prob=scatter(sweep.finish_log_prob().to(dtype).view(-1, *problem.labels.shape[1:])),
+        target_logit=scatter(running.target_logit.to(dtype).view(-1, *problem.labels.shape[1:])),
+        log_prob=scatter(running.finish_log_prob().to(dtype).view(-1, *problem.labels.shape[1:])),
         logit_sum=none()
         if problem.logit_weight is None
-        else scatter(sweep.finish_logit_sum().to(dtype)),
-        entropy=scatter(sweep.finish_entropy().to(dtype)) if problem.entropy else none(),
-        argmax=scatter(sweep.finish_argmax()) if problem.ranks else rows[:0].clone(),
-        target_rank=scatter(sweep.target_rank) if problem.ranks else rows[:0].clone(),
+        else scatter(running.finish_logit_sum().to(dtype)),
+        entropy=scatter(running.finish_entropy().to(dtype)) if problem.entropy else none(),
+        argmax=scatter(running.finish_argmax()) if problem.ranks else rows[:0].clone(),
+        target_rank=scatter(running.target_rank) if problem.ranks else rows[:0].clone(),
         saved=Saved(
             lse_low=scatter(lse_low),
-            column_mass=sweep.column_mass,
-            tail_mass=scatter(sweep.settle_tail()) if filter_columns else none(),
+            column_mass=running.column_mass,
+            tail_mass=scatter(running.settle_tail()) if running.filter_columns else none(),
         ),
     )
 
 
-class _Sweep:
-    """One pass over the vocabulary. Vectors are [R], for the R rows that take part."""
+class RunningStatistics:
+    """Statistics of the classes visited so far. Vectors are [R], for the R valid rows."""
 
     def __init__(self, problem: HeadProblem, rows: Tensor, *, filter_columns: bool) -> None:
-        self.problem = problem
+        self.problem, self.rows = problem, rows
         self.logits = LogitBlocks(problem)
         self.num_classes = problem.classifier.shape[0]
         self.labels = as_matrix(problem.labels[rows])  # [R, K], some of them -1
@@ -160,17 +166,17 @@ class _Sweep:
         self.logit_sum = torch.zeros_like(self.gap)
 
         self.filter_columns = filter_columns
-        most = min(MAX_SCOUTS, self.num_classes // 16)
+        most = min(MAX_PROBES, self.num_classes // 16)
         if self.logits.consistent and self.logits.fast == self.logits.dtype:
             most = 0  # no better than the others, and not the same to the last bit
-        self.scouts = _most_frequent(self.labels[self.labels >= 0], most)  # sorted
+        self.probes = _most_frequent(self.labels[self.labels >= 0], most)  # sorted
         blocks = column_blocks(problem.labels.shape[0]) if filter_columns else 0
         self.column_mass = zeros.new_zeros(blocks, self.num_classes)
-        self.column_mass[:, self.scouts] = KEPT
+        self.column_mass[:, self.probes] = SELECTED
         if filter_columns:
             for index, part, _ in self._tokens():
                 labels = self.labels[part]
-                self.column_mass[index, labels[labels >= 0]] = KEPT
+                self.column_mass[index, labels[labels >= 0]] = SELECTED
         self.log_tail: list[Tensor] = []  # of each block of classes, [R]
 
     def take_survey(self) -> None:
@@ -184,10 +190,10 @@ class _Sweep:
             lse = found[1]
             self.reference[part] = torch.where(lse.isfinite(), lse, self.reference[part])
 
-    def visit_scouts(self) -> None:
+    def visit_probes(self) -> None:
         """The classes that hold most of the mass, in the full precision of the statistics."""
-        none = self.scouts[:0]
-        for classes in self.scouts.split(BLOCK_V // 4) if len(self.scouts) else ():
+        none = self.probes[:0]
+        for classes in self.probes.split(BLOCK_V // 4) if len(self.probes) else ():
             classifier = self.problem.classifier[classes].to(self.logits.dtype)
             for _, part, hidden in self._tokens():
                 found = self._reduce(classes, classifier, hidden.to(classifier), part, none)
@@ -195,14 +201,14 @@ class _Sweep:
                     self._add_slope(*found, part)
 
     def visit(self, start: int) -> None:
-        """One block of classes, less the scouts; every token, BLOCK_N at a time."""
+        """One block of classes, less the probes; every token, BLOCK_N at a time."""
         classes = slice(start, start + BLOCK_V)
         classifier = self.problem.classifier[classes].to(self.logits.fast)  # [BLOCK_V, D]
-        scouts = self.scouts[(self.scouts >= start) & (self.scouts < start + BLOCK_V)] - start
+        probes = self.probes[(self.probes >= start) & (self.probes < start + BLOCK_V)] - start
         log_tail = torch.full_like(self.reference, -math.inf)
         for index, part, hidden in self._tokens():
             block, slope, reference = self._reduce(
-                classes, classifier, hidden.to(classifier), part, scouts
+                classes, classifier, hidden.to(classifier), part, probes
             )  # [BLOCK_V, BLOCK_N]
             if self.filter_columns:
                 self._add_slope(block, slope, reference, part)
@@ -231,12 +237,12 @@ class _Sweep:
         )  # [BLOCK_V], the sums of r and of p
         threshold = block.shape[1] * min(DROP_BELOW, MAX_TAIL_MASS / self.num_classes)
         column_mass = self.column_mass[index, classes]
-        dropped = (of_others < threshold) & (column_mass != KEPT)  # a NaN is kept
-        column_mass.copy_(torch.where(dropped, mass, KEPT))
+        dropped = (of_others < threshold) & (column_mass != SELECTED)  # a NaN is selected
+        column_mass.copy_(torch.where(dropped, mass, SELECTED))
         return (dropped.to(block) @ block).log()
 
     def settle_tail(self) -> Tensor:
-        """Tail mass [R] under the final lse; column masses rescaled to it, or all kept."""
+        """Tail mass [R] under the final lse; column masses rescaled to it, or all selected."""
         if not self.log_tail:
             return torch.zeros_like(self.reference)
         lse = self.lse().value()
@@ -245,15 +251,15 @@ class _Sweep:
         for index, part, _ in self._tokens():
             mass = self.column_mass[index]
             # An infinite logit makes its token's gradient NaN, and no one else's.
-            if (mass == KEPT).float().mean() > 0.5 or not lse[part].isfinite().all():
-                mass.fill_(KEPT)
+            if (mass == SELECTED).float().mean() > 0.5 or not lse[part].isfinite().all():
+                mass.fill_(SELECTED)
                 tail_mass[part] = 0
                 continue
             for true, block in zip(tails[:, part].sum(1), mass.split(BLOCK_V), strict=True):
-                dropped = block != KEPT
+                dropped = block != SELECTED
                 running = block[dropped].sum()
                 factor = torch.where(running > 0, true / running, 0)
-                block.copy_(torch.where(dropped, block * factor, KEPT))
+                block.copy_(torch.where(dropped, block * factor, SELECTED))
         return tail_mass
 
     def lse(self) -> LogSum:

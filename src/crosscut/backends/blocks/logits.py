@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crosscut.backends.column_filter import filters_blocks
 from crosscut.backends.protocol import HeadProblem
 
 WIDE_BIAS = 8.0
@@ -80,18 +81,6 @@ def take_rows(values: Tensor, rows: Tensor) -> Tensor:
     if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
         return values.narrow(0, int(rows[0]), len(rows))
     return values[rows]
-
-
-def filters_columns(problem: HeadProblem) -> bool:
-    """Whether the policy leaves out columns of the softmax.
-
-    A weighted sum of softcapped logits has a gradient at every logit: nothing can be left out.
-    """
-    if problem.logit_weight is not None and problem.options.softcap is not None:
-        return False
-    low_precision = problem.hidden.dtype in (torch.bfloat16, torch.float16)
-    policy = problem.options.policy
-    return policy == "filtered" or (policy == "auto" and low_precision)
 
 
 def sample_classes(num_classes: int, device: torch.device) -> Tensor:
@@ -199,7 +188,7 @@ class LogitBlocks:
         self.fast = matmul_dtype(problem.hidden.dtype, problem.hidden.device)
         if problem.ranks:  # of logits that are equal, or nearly
             self.fast = self.dtype
-        self.consistent = not filters_columns(problem)
+        self.consistent = not filters_blocks(problem)
         self.wide = self.dtype if problem.hidden.device.type == "mps" else torch.float64
         self.scale = problem.options.logit_scale
         self.softcap = problem.options.softcap
