@@ -501,9 +501,10 @@ def _log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Ten
     """How far ``log m`` is above ``log p``, and above ``log q``: little where these are near."""
     apart = log_p.to(torch.promote_types(log_p.dtype, log_q.dtype)) - log_q
     p_is_larger, apart = apart > 0, apart.abs_()
-    ratio = (-apart).expm1_()
-    above_larger = torch.where(p_is_larger, ratio * beta, ratio * (1 - beta)).log1p_()  # at most 0
-    above_smaller = above_larger + apart
+    share = torch.where(p_is_larger, apart.new_tensor(beta), apart.new_tensor(1 - beta))
+    above_larger = (-apart).expm1_().mul_(share).log1p_()  # at most 0
+    del share  # a block as large as the others
+    above_smaller = apart.add_(above_larger)
     return (
         torch.where(p_is_larger, above_larger, above_smaller),
         torch.where(p_is_larger, above_smaller, above_larger),
