@@ -511,8 +511,8 @@ class Study:
         of_16 = self.sweep_16()
         unknown = of_16.lse
         right = eight_bit.Corrected(
-            of_16.others, of_16.lse, of_16.lse_low, of_16.log_prob, present(of_16.rest), unknown,
-            unknown,
+            of_16.others, of_16.lse, of_16.lse_compensation, of_16.log_prob, present(of_16.rest),
+            unknown, unknown,
         )  # fmt: skip
         answer = self.answer(right, self.mass16)
         errors["16 bits"] = vars(truth.relative_errors(answer, exact))
@@ -526,7 +526,7 @@ class Study:
         like = backend.forward_like(self.problem, for_backward=True)
         statistics = like._replace(
             lse=found.lse, target_logit=self.start.target_logit, log_prob=found.log_prob,
-            lse_low=found.lse_low, column_mass=mass, tail_mass=found.rest,
+            lse_compensation=found.lse_compensation, column_mass=mass, tail_mass=found.rest,
         )  # fmt: skip
         d_log_prob = torch.full_like(found.lse, -1 / len(found.lse))
         cotangents = Cotangents(None, None, d_log_prob, None, None)

@@ -536,7 +536,7 @@ def correct_kernel(
     own_logit_ptr,
     others_ptr,
     lse_ptr,
-    lse_low_ptr,
+    lse_compensation_ptr,
     log_prob_ptr,
     rest_ptr,
     spread_ptr,
@@ -581,7 +581,7 @@ def correct_kernel(
     high = lse.to(tl.float32)
     tl.store(others_ptr + rows, others.to(tl.float32), mask=valid)
     tl.store(lse_ptr + rows, high, mask=valid)
-    tl.store(lse_low_ptr + rows, (lse - high.to(tl.float64)).to(tl.float32), mask=valid)
+    tl.store(lse_compensation_ptr + rows, (lse - high.to(tl.float64)).to(tl.float32), mask=valid)
     tl.store(log_prob_ptr + rows, log_prob.to(tl.float32), mask=valid)
     rest = tl.where(odds > 0, 1.0, e) / (1 + e)
     tl.store(rest_ptr + rows, rest.to(tl.float32), mask=valid)
@@ -596,7 +596,7 @@ class Corrected(NamedTuple):
 
     others: Tensor
     lse: Tensor
-    lse_low: Tensor
+    lse_compensation: Tensor
     log_prob: Tensor
     rest: Tensor
     spread: Tensor  # root mean square of z8 - z16 over the selected softmax

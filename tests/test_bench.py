@@ -235,7 +235,9 @@ def test_choice_of_contenders() -> None:
 def test_contenders_that_need_cuda_say_so() -> None:
     known = contenders.everyone()
     for name in ("cut-cross-entropy", "liger-kernel", "quack-kernels"):
-        assert known[name].why_not(small()) == "needs a CUDA device, got cpu"  # installed or not
+        assert (
+            known[name].unsupported_reason(small()) == "needs a CUDA device, got cpu"
+        )  # installed or not
 
 
 def test_no_logits_where_they_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,8 +245,10 @@ def test_no_logits_where_they_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> Non
     known = contenders.everyone()
     workload = small()
     huge = replace(workload, classifier=torch.empty(2**26, 8, device="meta"))
-    assert known["pytorch"].why_not(workload) is None
-    assert known["pytorch"].why_not(huge) == "needs about 12 GiB of memory, 1 GiB are free"
+    assert known["pytorch"].unsupported_reason(workload) is None
+    assert (
+        known["pytorch"].unsupported_reason(huge) == "needs about 12 GiB of memory, 1 GiB are free"
+    )
 
 
 # The memory meter.

@@ -151,7 +151,7 @@ def test_selected_pairs_are_in_16_bits(problem: tuple[Tensor, Tensor, Tensor], u
     without = (F.softplus(others8 - own_logit) - right).abs().mean()
     assert off.mean() < 0.1 * without
     assert off.mean() <= (pytorch - right).abs().mean()
-    lse = found.lse.double() + found.lse_low
+    lse = found.lse.double() + found.lse_compensation
     assert (lse - z.logsumexp(1)).abs().mean() <= (pytorch - right).abs().mean()
     h8 = tokens.hidden
     z8 = (h8.rows.double() @ c8.rows.double().T) * h8.scale[:, None] * c8.scale

@@ -89,7 +89,9 @@ def test_turing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         hidden=hidden, classifier=hidden, bias=None, labels=labels, logit_weight=None,
         options=HeadOptions(),
     )  # fmt: skip
-    assert TritonBackend().why_not(head) == "needs compute capability 8.0 or newer, got 7.5"
+    assert (
+        TritonBackend().unsupported_reason(head) == "needs compute capability 8.0 or newer, got 7.5"
+    )
 
 
 @pytest.mark.parametrize(

@@ -379,7 +379,7 @@ def test_a_cache_that_cannot_be(monkeypatch: pytest.MonkeyPatch, cache: Path) ->
     """Said before the minutes of measuring, not after."""
     occupied = cache / "file"
     occupied.touch()
-    monkeypatch.setattr(tune, "why_not", lambda: None)
+    monkeypatch.setattr(tune, "unsupported_reason", lambda: None)
     monkeypatch.setenv("CROSSCUT_CACHE", str(occupied))
     result = crosscut()
     assert result.exit_code == 2
@@ -390,7 +390,7 @@ def test_a_cache_that_cannot_be(monkeypatch: pytest.MonkeyPatch, cache: Path) ->
 def test_show_and_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "0 entries" in words(crosscut("--show"))
     tuned.write([entry(), entry(triton="3.0.0")])
-    monkeypatch.setattr(tune, "why_not", lambda: None)
+    monkeypatch.setattr(tune, "unsupported_reason", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     result = crosscut("--show")
     assert result.exit_code == 0
@@ -427,7 +427,7 @@ def test_the_whole_command(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(request)
         return workload()
 
-    monkeypatch.setattr(tune, "why_not", lambda: None)
+    monkeypatch.setattr(tune, "unsupported_reason", lambda: None)
     monkeypatch.setattr(workloads, "make", make)
     monkeypatch.setattr(tune, "GpuMeter", lambda *arguments: None)
     monkeypatch.setattr(tune, "plan_for", lambda load: None)

@@ -254,7 +254,7 @@ def tune_(
         if show:
             _show_tuned()
             return
-        if reason := tune.why_not():
+        if reason := tune.unsupported_reason():
             raise BenchError(f"crosscut tune cannot run on this machine: {reason}")
         if repeats < 1:
             raise BenchError(f"--repeats must be at least 1, got {repeats}")
@@ -471,7 +471,11 @@ def _show_tuned() -> None:
             f"{tuned.path()} cannot be used: {error}. Forget it with crosscut tune --reset"
         ) from error
     print(f"{tuned.path()}: {len(kept)} entries")
-    here = None if tune.why_not() else tuned.here(torch.device("cuda", torch.cuda.current_device()))
+    here = (
+        None
+        if tune.unsupported_reason()
+        else tuned.here(torch.device("cuda", torch.cuda.current_device()))
+    )
     for winner in kept:
         kernel, dtype, tf32, hidden_size = winner.key
         used = "used here" if winner.place == here else "not used here"

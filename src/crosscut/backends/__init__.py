@@ -30,15 +30,15 @@ class Explanation:
     def __str__(self) -> str:
         width = max(map(len, self.verdicts))
         return "\n".join(
-            f"{'>' if name == self.backend else ' '} {name:<{width}}  {why_not or 'can serve this'}"
-            for name, why_not in self.verdicts.items()
+            f"{'>' if name == self.backend else ' '} {name:<{width}}  {reason or 'can serve this'}"
+            for name, reason in self.verdicts.items()
         )
 
 
 def explain(problem: HeadProblem) -> Explanation:
     """Ask every backend."""
     verdicts = {
-        backend.name: _not_computed(backend, problem) or backend.why_not(problem)
+        backend.name: _not_computed(backend, problem) or backend.unsupported_reason(problem)
         for backend in _BACKENDS
     }
     return _explanation(problem.options.backend, verdicts)
@@ -55,7 +55,9 @@ def choose(problem: HeadProblem) -> Backend:
 
 def explain_distillation(problem: DistillationProblem) -> Explanation:
     """As ``explain``, by the options of the student."""
-    verdicts = {backend.name: backend.why_not_distil(problem) for backend in _BACKENDS}
+    verdicts = {
+        backend.name: backend.unsupported_distillation_reason(problem) for backend in _BACKENDS
+    }
     return _explanation(problem.student.options.backend, verdicts)
 
 
@@ -90,8 +92,8 @@ def _chosen(wanted: str, explanation: Explanation) -> Backend:
         raise ValueError(
             f"backend={wanted!r} cannot serve this call: "
             + "; ".join(
-                f"{name}: {why_not}"
-                for name, why_not in explanation.verdicts.items()
+                f"{name}: {reason}"
+                for name, reason in explanation.verdicts.items()
                 if wanted in ("auto", name)
             )
         )

@@ -132,7 +132,7 @@ class Divergences(NamedTuple):
     hard_lse: Tensor  # of those logits, less the temperature times student_lse; [0] likewise
     student_lse: Tensor  # at the temperature of the divergence
     teacher_lse: Tensor
-    lse_low: Tensor  # [2, N], what the two lost where they were rounded
+    lse_compensation: Tensor  # [2, N], what the two lost where they were rounded
     center: Tensor  # what the divergence's slope has for mean under the student
 
 
@@ -165,7 +165,7 @@ class Saved(NamedTuple):
     computes everything.
     """
 
-    lse_low: Tensor  # [N], what lse lost where it was rounded
+    lse_compensation: Tensor  # [N], what lse lost where it was rounded
     column_mass: Tensor  # [filter blocks, V] or [0, V]
     tail_mass: Tensor  # [N] or [0]
 
@@ -338,7 +338,7 @@ class Backend(Protocol):
     name: str
     computes: frozenset[str]  # the names of the statistics it has
 
-    def why_not(self, problem: HeadProblem) -> str | None:
+    def unsupported_reason(self, problem: HeadProblem) -> str | None:
         """Why this backend cannot serve the problem, or None if it can.
 
         Reads shapes, dtypes and devices only, never values.
@@ -363,8 +363,8 @@ class Backend(Protocol):
         """Share of the pairs the backward would compute, and mean mass of those it would not."""
         ...
 
-    def why_not_distil(self, problem: DistillationProblem) -> str | None:
-        """As ``why_not``, of a student and its teacher."""
+    def unsupported_distillation_reason(self, problem: DistillationProblem) -> str | None:
+        """As ``unsupported_reason``, of a student and its teacher."""
         ...
 
     def divergences(self, problem: DistillationProblem) -> Divergences:

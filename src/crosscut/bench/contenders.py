@@ -82,7 +82,7 @@ class Contender:
         """Version of its package."""
         return crosscut.__version__ if self.policy else package_version(self.package)
 
-    def why_not(self, workload: Workload) -> str | None:
+    def unsupported_reason(self, workload: Workload) -> str | None:
         """Why it cannot run the workload, or None if it can."""
         if reason := self.objection(workload):
             return reason

@@ -39,8 +39,10 @@ class Plan:
 
 def run(workload: Workload, plan: Plan, progress: Progress) -> BenchResult:
     """Measure the plan's contenders on a workload."""
-    why_not = {contender.name: contender.why_not(workload) for contender in plan.contenders}
-    present = [contender for contender in plan.contenders if why_not[contender.name] is None]
+    reason = {
+        contender.name: contender.unsupported_reason(workload) for contender in plan.contenders
+    }
+    present = [contender for contender in plan.contenders if reason[contender.name] is None]
     right = truth(workload, progress)
     standard = yardsticks(workload, right, present, progress)
 
@@ -49,7 +51,7 @@ def run(workload: Workload, plan: Plan, progress: Progress) -> BenchResult:
     with progress.stage("checking answers", len(plan.contenders)) as step:
         for contender in plan.contenders:
             row = Row(contender=contender.name, what=contender.what, version=contender.version)
-            if absent := why_not[contender.name]:
+            if absent := reason[contender.name]:
                 rows[contender.name] = replace(row, absent=absent)
             else:
                 subject, row = _admit(contender, row, workload, right, standard)

@@ -174,7 +174,7 @@ def plan_for(workload: Workload) -> Plan:
     )
 
 
-def why_not() -> str | None:
+def unsupported_reason() -> str | None:
     """Why nothing can be measured here, or None."""
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return "it measures on an NVIDIA GPU, and PyTorch sees none here"

@@ -84,7 +84,7 @@ class DeferredLinear(nn.Linear):
         settings, weight, bias = self.deferral, self.weight, self.bias
         if torch.compiler.is_compiling():
             if (
-                why_not_defer(input, weight, bias, settings) is not None
+                reason_not_to_defer(input, weight, bias, settings) is not None
                 or not torch.is_grad_enabled()
             ):
                 return F.linear(input, weight, bias)
@@ -92,9 +92,9 @@ class DeferredLinear(nn.Linear):
 
             traced = TracedLogits(_form(input, weight, bias, settings.options), settings)
             return traced  # pyright: ignore[reportReturnType]
-        why_not = _why_not_eager(weight) or why_not_defer(input, weight, bias, settings)
-        if why_not is not None:
-            settings.log.real[why_not] += self.counted
+        reason = _reason_not_eager(weight) or reason_not_to_defer(input, weight, bias, settings)
+        if reason is not None:
+            settings.log.real[reason] += self.counted
             if fsdp.is_partitioned(weight) and torch.is_grad_enabled():
                 shape = torch.Size([*input.shape[:-1], self.out_features])
                 settings.note_materialized("DeepSpeed ZeRO-3", shape, under_grad=True)
@@ -145,7 +145,7 @@ def _form(input: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptio
     )
 
 
-def why_not_defer(
+def reason_not_to_defer(
     input: Tensor, weight: Tensor, bias: Tensor | None, settings: HeadSettings
 ) -> str | None:
     """Why these logits must be computed at once, or None."""
@@ -174,7 +174,7 @@ def why_not_defer(
     return None
 
 
-def _why_not_eager(weight: Tensor) -> str | None:
+def _reason_not_eager(weight: Tensor) -> str | None:
     """The same, of what a compiled graph need not ask."""
     if not torch.is_grad_enabled() and not fsdp.keeps(weight):
         return "the weight is no parameter, or FSDP's, and no gradient is wanted"

@@ -20,7 +20,7 @@ from torch import Tensor
 from crosscut import ops
 from crosscut.arguments import at_temperature, head_problem, wants_gradient
 from crosscut.backends.protocol import HeadProblem
-from crosscut.integrations.head import why_not_defer
+from crosscut.integrations.head import reason_not_to_defer
 from crosscut.integrations.report import HeadReport, HeadSettings
 from crosscut.options import GradientPolicy, HeadOptions
 
@@ -121,14 +121,14 @@ class _TokenStatistics:
             two are differentiable.
         """
         cap, log = final_logit_softcapping, self.settings.log
-        why_not = why_not_defer(hidden, weight, bias, self.settings)
-        if why_not is None and not (
+        reason = reason_not_to_defer(hidden, weight, bias, self.settings)
+        if reason is None and not (
             logit_scale > 0 and temperature > 0 and (cap is None or cap > 0)
         ):
-            why_not = f"logit_scale={logit_scale}, temperature={temperature}, softcap={cap}"
-        if why_not is not None:
+            reason = f"logit_scale={logit_scale}, temperature={temperature}, softcap={cap}"
+        if reason is not None:
             if not torch.compiler.is_compiling():
-                log.real[why_not] += 1
+                log.real[reason] += 1
             return self.theirs.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, cap, logit_scale, outputs
             )  # fmt: skip

@@ -4,7 +4,7 @@ With ``rows`` as :mod:`.valid_rows` lists them, place i gets token ``rows[i]``:
 
     hidden[i]   = H[rows[i]]
     own[i]      = y[rows[i]]
-    vectors[i]  = lse, factor, d_own, d_sum, lse_low, rest, and -d_entropy if there is one
+    vectors[i]  = lse, factor, d_own, d_sum, lse_compensation, rest, and -d_entropy if there is one
 
 ``factor`` multiplies the softmax in the gradient of the logits. ``d_own`` is that gradient at the
 token's own class y, without the logit sum's part. ``rest = 1 - p`` is the mass of all other
@@ -102,12 +102,12 @@ def gather_tokens_kernel(
         tl.store(vectors + 6, -d_entropy * loss_scale, mask=inside)
     d_sum = cotangents_of(d_sum_ptr, rows, stride_d_sum)
     lse = tl.load(statistics.lse + rows, mask=valid, other=0.0)
-    lse_low = tl.load(statistics.lse_low + rows, mask=valid, other=0.0)
+    lse_compensation = tl.load(statistics.lse_compensation + rows, mask=valid, other=0.0)
     tl.store(vectors, lse, mask=inside)
     tl.store(vectors + 1, factor * loss_scale, mask=inside)
     tl.store(vectors + 2, d_own * loss_scale, mask=inside)
     tl.store(vectors + 3, d_sum * loss_scale, mask=inside)
-    tl.store(vectors + 4, lse_low, mask=inside)
+    tl.store(vectors + 4, lse_compensation, mask=inside)
     tl.store(vectors + 5, rest, mask=inside)
 
 
@@ -116,7 +116,7 @@ class TokenStatistics(NamedTuple):
 
     own: Tensor
     lse: Tensor
-    lse_low: Tensor
+    lse_compensation: Tensor
     log_prob: Tensor
     entropy: Tensor | None
 
@@ -126,7 +126,7 @@ class PerToken(NamedTuple):
 
     own: Tensor  # [N] int64, contiguous
     lse: Tensor  # [N] float32, contiguous
-    lse_low: Tensor  # [N] float32, contiguous
+    lse_compensation: Tensor  # [N] float32, contiguous
     log_prob: Tensor  # [N] float32, contiguous, of the own classes
     entropy: Tensor | None  # [N] float32, contiguous, where it has a cotangent
     d_lse: Tensor | None

@@ -77,7 +77,7 @@ class LinearLse(NamedTuple):
 
     others: Tensor  # [N], log-sum-exp of all classes but the own one
     lse: Tensor  # [N]
-    lse_low: Tensor  # [N], what lse lost where it was rounded
+    lse_compensation: Tensor  # [N], what lse lost where it was rounded
     log_prob: Tensor  # [N], of the own class
     rest: Tensor | None = None  # [N], ``sum_v slope p`` but for the own class; with column masses
     logit_sum: Tensor | None = None  # [N]
@@ -162,7 +162,7 @@ def combine_kernel(
     low = tl.where(tl.abs(high) < float("inf"), lse - high.to(tl.float64), 0.0)
     tl.store(found.others + tokens, tl.where(valid, others, 0.0).to(tl.float32), mask=inside)
     tl.store(found.lse + tokens, high, mask=inside)
-    tl.store(found.lse_low + tokens, low.to(tl.float32), mask=inside)
+    tl.store(found.lse_compensation + tokens, low.to(tl.float32), mask=inside)
     tl.store(found.log_prob + tokens, tl.where(valid, log_prob, 0.0).to(tl.float32), mask=inside)
     if found.logit_sum is not None:
         tl.store(found.logit_sum + tokens, tl.where(valid, logit_sum, 0.0), mask=inside)
@@ -215,7 +215,7 @@ def combine(
     found = LinearLse(
         others=new(),
         lse=new(),
-        lse_low=new(),
+        lse_compensation=new(),
         log_prob=new(),
         rest=None if column_mass is None else new(),
         logit_sum=None if parts.logit_sum is None else new(),

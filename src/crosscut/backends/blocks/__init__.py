@@ -39,7 +39,7 @@ class BlocksBackend:
     name = "blocks"
     computes = frozenset(DECLARED)
 
-    def why_not(self, problem: HeadProblem) -> str | None:
+    def unsupported_reason(self, problem: HeadProblem) -> str | None:
         if problem.hidden.dtype not in _DTYPES:
             return f"needs bfloat16, float16, float32 or float64, got {problem.hidden.dtype}"
         if problem.labels.dim() > 1 and problem.options.paper_filter is not None:
@@ -59,7 +59,7 @@ class BlocksBackend:
             return problem.hidden.new_empty(shape, dtype=problem.statistics_dtype)
 
         saved = Saved(
-            lse_low=new(num_tokens),
+            lse_compensation=new(num_tokens),
             column_mass=new(column_blocks(num_tokens) if filtered else 0, len(problem.classifier)),
             tail_mass=new(num_tokens if filtered else 0),
         )
@@ -75,8 +75,8 @@ class BlocksBackend:
     def sparsity(self, problem: HeadProblem, statistics: Statistics) -> tuple[float, float]:
         return sparsity_of_blocks(problem, statistics)
 
-    def why_not_distil(self, problem: DistillationProblem) -> str | None:
-        return self.why_not(problem.student) or self.why_not(problem.teacher)
+    def unsupported_distillation_reason(self, problem: DistillationProblem) -> str | None:
+        return self.unsupported_reason(problem.student) or self.unsupported_reason(problem.teacher)
 
     def divergences(self, problem: DistillationProblem) -> Divergences:
         return compute_divergences(problem)

@@ -85,7 +85,7 @@ class SelectedTokens:
     d_target: Tensor  # [P] all of dz but the logit sum at the own class, what is added elsewhere
     dz_label: Tensor  # [P] dz at the label, once its class was visited
     lse: Tensor
-    lse_low: Tensor
+    lse_compensation: Tensor
     center: Tensor | None  # the dot product at which a dense sweep in low precision rounds least
     factor: Tensor  # of p; of exp(z - lse) where log p is not needed
     d_entropy: Tensor | None
@@ -139,7 +139,7 @@ def select(problem: HeadProblem, statistics: Statistics, cotangents: Cotangents)
         )
         is_own = labels == own[rows][owners]
         lse, rest = statistics.lse[rows], -log_prob[rows].expm1()
-        lse_low = statistics.saved.lse_low[rows]
+        lse_compensation = statistics.saved.lse_compensation[rows]
         sparse = column_mass is not None
         hidden, center = take_rows(problem.hidden, rows), None
         if survey is not None and not sparse:
@@ -162,9 +162,9 @@ def select(problem: HeadProblem, statistics: Statistics, cotangents: Cotangents)
             d_target=torch.where(is_own, d_own[owners], d_target),
             dz_label=torch.zeros_like(d_target),
             lse=lse,
-            lse_low=lse_low,
+            lse_compensation=lse_compensation,
             center=center,
-            factor=of_rows.factor[rows] * ((-lse_low).exp() if d_entropy is None else 1),
+            factor=of_rows.factor[rows] * ((-lse_compensation).exp() if d_entropy is None else 1),
             d_entropy=None if d_entropy is None else d_entropy[rows],
             d_sum=None if d_sum is None else d_sum[rows],
             selected=selected(labels, column_mass),
@@ -307,7 +307,7 @@ class _Projection:
         dz, slope = logits.sloped_block(classifier, bias, hidden, lse, center)
         d_entropy = None if tokens.d_entropy is None else tokens.d_entropy[part]
         if d_entropy is not None:  # and log p is needed, too
-            dz.sub_(tokens.lse_low[part])
+            dz.sub_(tokens.lse_compensation[part])
         dz = softmax_gradient(dz, tokens.factor[part], d_entropy)
         pairs = tokens.labels_of(part)
         row, mine = find_labels(classes, len(dz), tokens.labels[pairs])

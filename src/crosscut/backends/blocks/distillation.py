@@ -102,7 +102,7 @@ def compute_divergences(problem: DistillationProblem) -> Divergences:
         hard_lse=none.clone() if hard is None else scatter(hard.lse_beside(student.lse)),
         student_lse=scatter(student_lse),
         teacher_lse=scatter(teacher_lse),
-        lse_low=torch.stack([scatter(student_low), scatter(teacher_low)]),
+        lse_compensation=torch.stack([scatter(student_low), scatter(teacher_low)]),
         center=scatter(center),
     )
 
@@ -176,8 +176,8 @@ def compute_student_gradients(
     rows = problem.student.rows
     student, teacher = _sides(problem)
     _look_ahead(problem, student, teacher)
-    student.settle(found.student_lse[rows], found.lse_low[0, rows])
-    teacher.settle(found.teacher_lse[rows], found.lse_low[1, rows])
+    student.settle(found.student_lse[rows], found.lse_compensation[0, rows])
+    teacher.settle(found.teacher_lse[rows], found.lse_compensation[1, rows])
     hard = None
     if problem.temperature is not None and cotangents.hard_loss is not None:
         hard = _HardGradient(problem, found, cotangents.hard_loss, rows)

@@ -106,7 +106,7 @@ def combine(running: RunningStatistics) -> Statistics:
         return running.gap.new_empty(0, dtype=dtype)
 
     dtype = problem.statistics_dtype
-    lse, lse_low = running.lse().rounded(dtype)
+    lse, lse_compensation = running.lse().rounded(dtype)
     return Statistics(
         lse=scatter(lse),
         target_logit=scatter(running.target_logit.to(dtype).view(-1, *problem.labels.shape[1:])),
@@ -118,7 +118,7 @@ def combine(running: RunningStatistics) -> Statistics:
         argmax=scatter(running.finish_argmax()) if problem.ranks else rows[:0].clone(),
         target_rank=scatter(running.target_rank) if problem.ranks else rows[:0].clone(),
         saved=Saved(
-            lse_low=scatter(lse_low),
+            lse_compensation=scatter(lse_compensation),
             column_mass=running.column_mass,
             tail_mass=scatter(running.settle_tail()) if running.filter_columns else none(),
         ),

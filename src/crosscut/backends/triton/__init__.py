@@ -44,7 +44,7 @@ class TritonBackend:
         {"lse", "target_logit", "log_prob", "logit_sum", "entropy", "argmax", "target_rank"}
     )
 
-    def why_not(self, problem: HeadProblem) -> str | None:
+    def unsupported_reason(self, problem: HeadProblem) -> str | None:
         device = problem.hidden.device
         if not _HAS_TRITON:
             return "needs Triton, which is not installed"
@@ -89,7 +89,7 @@ class TritonBackend:
             return problem.hidden.new_empty(shape, dtype=torch.float32)
 
         saved = Saved(
-            lse_low=new(num_tokens),
+            lse_compensation=new(num_tokens),
             column_mass=problem.hidden.new_empty(
                 token_blocks(problem) if filtered else 0,
                 len(problem.classifier),
@@ -115,12 +115,12 @@ class TritonBackend:
     def sparsity(self, problem: HeadProblem, statistics: Statistics) -> tuple[float, float]:
         return sparsity(problem, statistics)
 
-    def why_not_distil(self, problem: DistillationProblem) -> str | None:
+    def unsupported_distillation_reason(self, problem: DistillationProblem) -> str | None:
         student, teacher = problem.student, problem.teacher
         dtypes = {student.hidden.dtype, teacher.hidden.dtype}
         if len(dtypes) > 1 or torch.float16 in dtypes:
             return "distils heads that are both bfloat16 or both float32"
-        return self.why_not(student) or self.why_not(teacher)
+        return self.unsupported_reason(student) or self.unsupported_reason(teacher)
 
     def divergences(self, problem: DistillationProblem) -> Divergences:
         from crosscut.backends.triton.distillation import compute_divergences

@@ -41,7 +41,7 @@ def compute_divergences(problem: DistillationProblem) -> Divergences:
     none = student.hidden.new_empty(0, dtype=torch.float32)
     if not len(student.labels):
         empty = Divergences(*(none.clone() for _ in Divergences._fields))
-        return empty._replace(lse_low=none.new_empty(2, 0))
+        return empty._replace(lse_compensation=none.new_empty(2, 0))
     valid_rows = valid_rows_of(student.labels)
     tiles = choose_tiles(Kernel.DIVERGENCE, student.hidden)
     found = divergence(_pair(problem, valid_rows), valid_rows, tiles)
@@ -57,7 +57,7 @@ def compute_divergences(problem: DistillationProblem) -> Divergences:
         hard_lse=hard_lse,
         student_lse=found.lse,
         teacher_lse=found.teacher_lse,
-        lse_low=found.lse.new_zeros(2, len(found.lse)),
+        lse_compensation=found.lse.new_zeros(2, len(found.lse)),
         center=found.center,
     )
 

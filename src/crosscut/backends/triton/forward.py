@@ -85,7 +85,7 @@ def compute_statistics(problem: HeadProblem, like: Statistics) -> Statistics:
     found = combine(parts, probed.rows, own, column_mass, block_n=block_tokens(problem))
     logit_sum, weight = found.logit_sum, problem.logit_weight
     if logit_sum is not None and weight is not None:
-        of_logits, lse, low = logit_sum, found.lse, found.lse_low
+        of_logits, lse, low = logit_sum, found.lse, found.lse_compensation
         logit_sum = like_or(of_logits, lambda: _less(of_logits, weight.sum(), lse, low))
     return _filled(like, found._replace(logit_sum=logit_sum), problem, probed)
 
@@ -132,7 +132,7 @@ def _filled(
         "logit_sum": found.logit_sum,
         "entropy": found.entropy,
     }
-    saved = like.saved._replace(lse_low=found.lse_low)
+    saved = like.saved._replace(lse_compensation=found.lse_compensation)
     like = like._replace(
         saved=saved if found.rest is None else saved._replace(tail_mass=found.rest)
     )
@@ -147,7 +147,7 @@ def _filled(
 
 def _log_probs(found: LinearLse, problem: HeadProblem, probed: Probe[ValidRows]) -> Tensor:
     """Of several targets per token, [N, K]. None but the own one has most of the softmax."""
-    of_others = (probed.target_logit - found.lse[:, None]) - found.lse_low[:, None]
+    of_others = (probed.target_logit - found.lse[:, None]) - found.lse_compensation[:, None]
     is_own = problem.places == probed.own[:, None]
     log_prob = torch.where(is_own, found.log_prob[:, None], of_others)
     return torch.where(problem.labels >= 0, log_prob, 0)

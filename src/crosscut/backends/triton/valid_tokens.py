@@ -80,7 +80,7 @@ def side_by_side(
     of_tokens = PerToken(
         own=labels,
         lse=statistics.lse,
-        lse_low=statistics.saved.lse_low,
+        lse_compensation=statistics.saved.lse_compensation,
         log_prob=log_prob,
         entropy=None if d_entropy is None else statistics.entropy,
         d_lse=d_lse,
