@@ -155,7 +155,9 @@ NEEDS_INTERPRETER = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's i
 TRITON = [pytest.param("cpu", marks=NEEDS_INTERPRETER, id="interpreter"), *DEVICES[1:]]
 
 
-@pytest.mark.interpreted(when=lambda options: options in (OPTIONS["plain"], OPTIONS["heads"]))
+@pytest.mark.interpreted(
+    when=lambda dtype, options: options == OPTIONS["heads" if dtype == torch.bfloat16 else "plain"]
+)
 @pytest.mark.parametrize("device", TRITON)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -168,6 +170,7 @@ def test_in_triton(dtype, divergence, options, device):
     judge(head, teacher, divergence=divergence, backend="triton", **options)
 
 
+@pytest.mark.interpreted(when=lambda divergence: divergence == "js")
 @pytest.mark.parametrize("device", TRITON)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_in_triton_across_chunks(divergence, device, monkeypatch):
@@ -186,6 +189,7 @@ def test_in_triton_of_an_uneven_mixture(device):
     judge(head, teacher, divergence="js", beta=0.9999, backend="triton", by_row=False)
 
 
+@pytest.mark.interpreted(when=lambda backend, divergence: backend != "triton" or divergence == "js")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("backend", ["blocks", pytest.param("triton", marks=NEEDS_INTERPRETER)])
 def test_not_a_number_stays_one(divergence, backend):
@@ -201,7 +205,6 @@ def test_not_a_number_stays_one(divergence, backend):
     ("backend", "dtype"),
     [
         ("blocks", torch.bfloat16),
-        pytest.param("triton", torch.bfloat16, marks=NEEDS_INTERPRETER),
         pytest.param("triton", torch.float32, marks=NEEDS_INTERPRETER),
     ],
 )
@@ -370,6 +373,9 @@ def op_arguments(
     )  # fmt: skip
 
 
+@pytest.mark.interpreted(
+    when=lambda backend, hard, tokens: backend != "triton" or (hard and tokens)
+)
 @pytest.mark.parametrize("hard", [False, True], ids=["", "hard"])
 @pytest.mark.parametrize(
     ("dtype", "backend"),
@@ -878,8 +884,9 @@ def test_errors_of_the_tail():
 def test_real_head(real_head: RealHead, divergence: str):
     """A teacher that sees the real hidden states, a student that sees them with noise."""
     hidden, labels = real_head.window(3, 32)
+    classifier = real_head.classifier[: 2**16]  # the most frequent quarter
     noise = torch.randn(hidden.shape).mul(0.3 * hidden.float().std()).bfloat16()
-    head = Head(hidden + noise, real_head.classifier, labels)
+    head = Head(hidden + noise, classifier, labels % len(classifier))
 
     def theirs(input: Tensor, weight: Tensor, target: Tensor, **_: Any) -> Tensor:
         z, t = (input @ weight.t()).float(), (hidden.to(weight) @ weight.t()).float()

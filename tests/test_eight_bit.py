@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import INTERPRETED
+from support.places import INTERPRETED
 from torch import Tensor
 
 pytest.importorskip("triton")

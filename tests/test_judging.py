@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import reference
-from support.judging import Head, error, judge, make_head, outcome, redrawn, truth
+from support.judging import Head, LossFn, error, judge, make_head, outcome, redrawn, truth
 from torch import Tensor
 
 
@@ -51,19 +51,36 @@ def test_what_rounds_more_is_refused(dtype, reduction):
         judge(in_eight_bits, reference.linear_cross_entropy, head, reduction=reduction)
 
 
+def without(which: int, rows: Tensor) -> LossFn:
+    """PyTorch's loss, but rows of the gradient of input (0) or weight (1) are zero."""
+
+    def loss(*tensors: Tensor, **options: Any) -> Tensor:
+        leaves = list(tensors[:2])
+        found = leaves[which].clone()
+        found[rows] = leaves[which][rows].detach()
+        leaves[which] = found
+        return reference.linear_cross_entropy(leaves[0], leaves[1], tensors[2], **options)
+
+    return loss
+
+
 @pytest.mark.parametrize("which", [0, 1], ids=["d_input", "d_weight"])
 def test_every_row_counts(which):
     """Also the smallest: of a class, of which the norm of all does not show that it is missing."""
     head = make_head((33, 17, 201), torch.bfloat16)
     gradient = outcome(reference.linear_cross_entropy, head)[1 + which]
     for row in gradient.double().norm(dim=1).topk(3, largest=False).indices:
-
-        def without(*tensors: Tensor, row: Tensor = row, **options: Any) -> Tensor:
-            leaves = list(tensors[:2])
-            found = leaves[which].clone()
-            found[row] = leaves[which][row].detach()
-            leaves[which] = found
-            return reference.linear_cross_entropy(leaves[0], leaves[1], tensors[2], **options)
-
         with pytest.raises(AssertionError, match=f"row {row}: " if which else "^d_input: "):
-            judge(without, reference.linear_cross_entropy, head)
+            judge(without(which, row), reference.linear_cross_entropy, head)
+
+
+@pytest.mark.parametrize("count", [3, 23])
+def test_rows_that_are_zero_are_missed(count):
+    """Of 201 in bfloat16: the three smallest are within what the norm of all lets pass."""
+    head = make_head((33, 17, 201), torch.bfloat16)
+    gradient = outcome(reference.linear_cross_entropy, head).d_weight
+    call = without(1, gradient.double().norm(dim=1).topk(count, largest=False).indices)
+    with pytest.raises(AssertionError, match="d_weight: "):
+        judge(call, reference.linear_cross_entropy, head)
+    if count == 3:
+        judge(call, reference.linear_cross_entropy, head, by_row=False)

@@ -11,7 +11,7 @@ import torch
 from support import reference
 from support.heads import RealHead, skip_if_not_served, sparse_head
 from support.judging import Head, cotangents, error, judge, make_head, outcome, pairs, rounding
-from support.memory import MIB, TOKENS, WORKSPACE, head_of, peak
+from support.memory import TOKENS, head_of, most, peak
 from support.reference import entropy_of, reference_entropy, reference_log_probs, shifted
 from torch import Tensor
 
@@ -46,8 +46,8 @@ def several_targets(head: Head, count: int) -> Head:
 
 @pytest.mark.interpreted(
     when=lambda dtype, options: (
-        dtype in (torch.bfloat16, torch.float32)
-        and options in (HEADS["plain"], HEADS["scale, softcap, temperature"])
+        (dtype == torch.float32 and options == HEADS["plain"])
+        or (dtype == torch.bfloat16 and options == HEADS["scale, softcap, temperature"])
     )
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -109,7 +109,9 @@ class TestLowPrecisionPolicies:
         head = make(((2, 20), 40, 190), dtype, ignored=0.2)
         judge(partial(ours, backend=backend, policy=policy), theirs, head, softcap=softcap)
 
-    @pytest.mark.interpreted(when=lambda dtype, policy: (dtype, policy) != (torch.bfloat16, "cce"))
+    @pytest.mark.interpreted(
+        when=lambda dtype, policy: (policy == "auto") == (dtype == torch.float16)
+    )
     def test_several_targets(self, backend, make, dtype, policy):
         if policy.startswith("cce"):
             pytest.skip("serves one target a token")
@@ -144,7 +146,7 @@ class TestPoliciesAcrossBlocks:
         for (name, value, truth), (_, other, its) in zip(
             pairs(found, true), pairs(plain, exact), strict=True
         ):
-            assert error(value, truth) <= 2 * error(other, its) + rounding(dtype), name
+            assert error(value, truth) <= 2 * error(other, its) + rounding(value.dtype), name
 
 
 def test_an_entropy_that_is_only_looked_at_keeps_the_filter():
@@ -327,7 +329,7 @@ class TestRanks:
         assert torch.equal(found.correct, (argmax == head.target) & (head.target != -100))
         assert 0 < found.correct.sum() < 1400
 
-    @pytest.mark.interpreted(when=lambda options: options)
+    @pytest.mark.interpreted(when=lambda options: "softcap" in options)
     @pytest.mark.parametrize("options", [{}, {"softcap": 30.0}, {"shift": 1}], ids=str)
     def test_every_backend(self, backend, make, options):
         """Some targets are the best class, some the second; a third of the tokens are ignored."""
@@ -434,8 +436,7 @@ class TestMemory:
             return (found.log_prob - found.entropy).mean()
 
         head = head_of(TOKENS // 2, torch.bfloat16)
-        # One block more than the loss: the logarithms beside the softmax.
-        assert 0 < peak(head, backward=True, loss_fn=everything) <= WORKSPACE + 16 * MIB
+        assert 0 < peak(head, backward=True, loss_fn=everything) <= most(17.9)
 
     def test_several_targets(self):
         head = head_of(TOKENS // 2, torch.float32)
@@ -445,7 +446,7 @@ class TestMemory:
         def several(input: Tensor, weight: Tensor, _: Tensor, linear_bias: Tensor) -> Tensor:
             return crosscut.linear_log_probs(input, weight, target, linear_bias=linear_bias).mean()
 
-        assert 0 < peak(head, backward=True, loss_fn=several) <= WORKSPACE
+        assert 0 < peak(head, backward=True, loss_fn=several) <= most(8.3)
 
 
 def test_no_grad_is_the_forward_alone():

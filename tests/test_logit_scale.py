@@ -34,6 +34,7 @@ def differentiate(loss_fn: Any, head: Head, scale: Tensor, **options: Any) -> li
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
+@pytest.mark.interpreted(when=lambda dtype, of_scale: dtype != of_scale == torch.float32)
 @pytest.mark.parametrize(
     ("dtype", "of_scale"),
     [

@@ -70,3 +70,25 @@ def test_set_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, terminal: bool)
     tasks.setup([])
     assert made == [True]
     assert len(ran) == 6
+
+
+@pytest.mark.parametrize("wrong", [None, "pytest", "pyright"])
+def test_tests_and_types_both_count(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str], wrong: Any
+) -> None:
+    tasks = load()
+    monkeypatch.setattr(tasks, "BIN", tmp_path)
+    monkeypatch.setattr(tasks, "setup", lambda _: None)
+    for name in ("ruff", "lint-imports", "pytest", "pyright"):
+        code = 3 if name == wrong else 0
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {name} says so\nexit {code}\n")
+        (tmp_path / name).chmod(0o755)
+    if wrong is None:
+        tasks.test([])
+    else:
+        with pytest.raises(SystemExit) as ended:
+            tasks.test([])
+        assert ended.value.code == 3
+    said = capfd.readouterr().out
+    assert "pytest says so" in said
+    assert "pyright says so" in said

@@ -43,8 +43,9 @@ def compare(head: Head, **options: Any) -> None:
         return loss
 
     ours, theirs = weighted(crosscut.linear_cross_entropy), weighted(F.linear_cross_entropy)
-    # Smoothing is a rank-one term of the gradient, rounded apart from the softmax.
-    judge(ours, theirs, head, by_row=not options.get("label_smoothing"), **options)
+    # All of a smoothed gradient is p - 1/V: in float32 one row in forty is 3 to 14 % beyond.
+    by_row = head.input.dtype != torch.float32 or options.get("label_smoothing") != 1
+    judge(ours, theirs, head, by_row=by_row, **options)
 
 
 def test_signature_begins_as_theirs():

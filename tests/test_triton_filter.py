@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -29,16 +28,33 @@ import crosscut
 from crosscut.backends.protocol import HeadProblem
 from crosscut.options import LossOptions
 
-pytestmark = pytest.mark.skipif(
-    find_spec("triton") is None or not INTERPRETED, reason="needs Triton's interpreter"
+pytest.importorskip("triton")
+from crosscut.backends import column_filter
+from crosscut.backends.column_filter import MOST_SELECTED, capacity_for_pairs
+from crosscut.backends.triton import chunks, forward, project, select
+from crosscut.backends.triton.select import LAST_STEP, Step
+from crosscut.device import workspace
+from crosscut.device.tiles import Tiles
+from crosscut.device.workspace import Layout, Lender, Region, Workspace
+from crosscut.kernels import pair_gradient
+from crosscut.kernels.flags import flagged_first
+from crosscut.kernels.indexed_matmul import indexed_matmul
+from crosscut.kernels.logits_tile import Head as KernelHead
+from crosscut.kernels.selected_pairs import (
+    LEVELS,
+    Limits,
+    SelectedPairs,
+    list_shapes,
+    select_pairs,
 )
+from crosscut.kernels.softmax_gradient import Tokens
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
 
 
 @pytest.fixture
 def drop_below(monkeypatch) -> Callable[[float], None]:
     """Sets the mass below which a block drops a class: small heads have none so small."""
-    from crosscut.backends import column_filter
-    from crosscut.backends.triton import forward, project
 
     def drop_below(mass: float) -> None:
         for module in (column_filter, project, forward):
@@ -67,14 +83,16 @@ def kept(head: Head, **options) -> float:
     ).kept
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"softcap": 20.0}, {"reduction": "none"}, {"logit_scale": -0.7, "z_loss": 0.01}],
-    ids=lambda options: ", ".join(options) or "plain",
+    ("dtype", "ignored", "options"),
+    [
+        (torch.float16, 0.0, {}),
+        (torch.bfloat16, 0.4, {"softcap": 20.0}),
+        (torch.bfloat16, 0.4, {"logit_scale": -0.7, "z_loss": 0.01, "reduction": "none"}),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("ignored", [0.0, 0.4])
-def test_as_accurate_as_pytorch(dtype, options, ignored, drop_below):
+def test_as_accurate_as_pytorch(dtype, ignored, options, drop_below):
     drop_below(2.0**-9)
     head = peaked((50, 48, 190), dtype, ignored)
     head_options = {key: options[key] for key in ("softcap", "logit_scale") if key in options}
@@ -94,8 +112,9 @@ def test_the_tail_keeps_the_sums_of_the_softmax(drop_below):
     assert d_weight.sum(0).norm() <= rounding(torch.bfloat16) * sizes
 
 
-@pytest.mark.parametrize("ignored", [0.0, 0.4])
-@pytest.mark.parametrize("shape", [(50, 37, 900), (33, 330, 300)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "ignored"), [((50, 37, 900), 0.4), ((33, 330, 300), 0.0)], ids=str
+)
 def test_more_than_one_tile(shape, ignored, drop_below):
     """Of hot classes, or of dimensions that are worked on together; TMA loads none of them."""
     drop_below(2.0**-9)
@@ -106,23 +125,22 @@ def test_more_than_one_tile(shape, ignored, drop_below):
     )
 
 
-@pytest.mark.parametrize("rows", [slice(0, 3), slice(99, 100)], ids=["hot", "rare"])
-def test_rows_of_popular_and_of_other_classes(rows, drop_below):
+def test_rows_of_hot_and_of_other_classes(drop_below):
     """A class kept by most blocks, and one kept by a single block, are made by two kernels."""
     drop_below(2.0**-9)
     head = peaked((64, 32, 150))
     head.target[:] = torch.arange(64) % 3  # three classes in every block
     head.target[5] = 99
     head.linear_weight[99] = -2 * head.linear_weight[:3].sum(0)
-    theirs = outcome(reference.linear_cross_entropy, head).d_weight[rows]
-    true = outcome(reference.linear_cross_entropy, head.double()).d_weight[rows]
-    found = ours(head, policy="filtered").d_weight[rows]
-    assert error(found, true) <= 2 * error(theirs, true) + rounding(torch.bfloat16)
+    theirs = outcome(reference.linear_cross_entropy, head).d_weight
+    true = outcome(reference.linear_cross_entropy, head.double()).d_weight
+    found = ours(head, policy="filtered").d_weight
+    for rows in (slice(0, 3), slice(99, 100)):
+        allowed = 2 * error(theirs[rows], true[rows]) + rounding(torch.bfloat16)
+        assert error(found[rows], true[rows]) <= allowed
 
 
 def test_a_flat_softmax_gets_the_exact_gradient(monkeypatch, drop_below):
-    from crosscut.backends import column_filter
-
     drop_below(2.0)  # all but the labels go to the tail, which is then too heavy
     head = make_head((40, 32, 150), torch.bfloat16)
     assert kept(head, policy="filtered") < 0.2
@@ -142,13 +160,8 @@ def test_a_flat_softmax_gets_the_exact_gradient(monkeypatch, drop_below):
         assert torch.equal(auto, exact)
 
 
-@pytest.mark.parametrize("share", [0.3, 0.03])
-def test_a_smaller_budget_keeps_more(monkeypatch, drop_below, share):
+def test_a_smaller_budget_keeps_more(monkeypatch, drop_below):
     """Each block's own: the first threshold whose tail is light enough, in report and kernels."""
-    from crosscut.backends import column_filter
-    from crosscut.backends.triton import select
-    from crosscut.kernels.selected_pairs import select_pairs
-
     drop_below(0.3)
     head = peaked((60, 48, 190))
     true = outcome(reference.linear_cross_entropy, head.double())
@@ -160,7 +173,7 @@ def test_a_smaller_budget_keeps_more(monkeypatch, drop_below, share):
         return calls[-1][1]
 
     monkeypatch.setattr(select, "select_pairs", spy)
-    monkeypatch.setattr(column_filter, "TAIL_SHARE", share)
+    monkeypatch.setattr(column_filter, "TAIL_SHARE", 0.03)
     found = crosscut.gradient_sparsity(
         head.input, head.linear_weight, head.target, backend="triton"
     )
@@ -203,8 +216,6 @@ def test_tokens_without_a_gradient_have_no_say(drop_below):
 
 
 def test_pairs_that_do_not_fit_get_the_exact_gradient(monkeypatch):
-    from crosscut.backends import column_filter
-
     head = peaked((40, 32, 150))
     filtered = ours(head)
     monkeypatch.setattr(column_filter, "MOST_SELECTED", 3)
@@ -216,22 +227,20 @@ def test_pairs_that_do_not_fit_get_the_exact_gradient(monkeypatch):
     assert not torch.equal(filtered.d_weight, ours(head).d_weight)
 
 
-@pytest.mark.parametrize(("pairs", "fits"), [(1500, False), (6000, True)])
-def test_hot_classes_count_in_blocks_of_ignored_tokens(drop_below, capacity_of_pairs, pairs, fits):
+def test_hot_classes_count_in_blocks_of_ignored_tokens(drop_below, capacity_of_pairs):
     drop_below(2.0**-7)
     head = peaked((160, 32, 3000))
     head.target[16:] = -100  # one block in ten has a token
-    capacity_of_pairs(pairs, 375, 3000, 0)
-    assert (kept(head, policy="filtered") < 1) == fits
     exact = ours(head, policy="exact")
-    assert torch.equal(ours(head, policy="filtered").d_weight, exact.d_weight) != fits
+    for pairs, fits in ((1500, False), (6000, True)):
+        capacity_of_pairs(pairs, 375, 3000, 0)
+        assert (kept(head, policy="filtered") < 1) == fits
+        assert torch.equal(ours(head, policy="filtered").d_weight, exact.d_weight) != fits
 
 
 @pytest.fixture
 def capacity_of_pairs(monkeypatch):
     """Sets the capacity for selected pairs of all calls."""
-    from crosscut.backends import column_filter
-    from crosscut.backends.triton import select
 
     def set_to(*numbers: int) -> None:
         capacity = column_filter.Capacity(*numbers)
@@ -243,9 +252,6 @@ def capacity_of_pairs(monkeypatch):
 
 def test_lists_in_rows_of_the_gradient(monkeypatch, drop_below, capacity_of_pairs):
     """The same bits as with memory of their own; and every row is written in the end."""
-    from crosscut.backends.triton import select
-    from crosscut.device import workspace
-
     drop_below(2.0**-9)
     head = peaked((64, 256, 700))
     monkeypatch.setattr(select, "LITTLE", 0)
@@ -275,33 +281,26 @@ def test_lists_in_rows_of_the_gradient(monkeypatch, drop_below, capacity_of_pair
 
 def test_regions_end_before_their_rows_are_written():
     """From the first rows of dC on, nobody wants any but the tail's masses, which come first."""
-    from crosscut.backends.triton.select import LAST_STEP, Step
-
     assert next(iter(LAST_STEP)) == "tail_mass"
     later = {name for name, step in LAST_STEP.items() if step >= Step.FIRST_ROWS}
     assert later == {"tail_mass"}
 
 
-@pytest.mark.parametrize("name", ["dz", "tail_mass"])
-def test_what_is_read_too_late_is_seen(monkeypatch, drop_below, name):
+def test_what_is_read_too_late_is_seen(monkeypatch, drop_below):
     """Where the table says that a region's life ends too early, poison reaches the gradient."""
-    from crosscut.backends.triton import select
-    from crosscut.device import workspace
-
     drop_below(2.0**-9)
-    head = peaked((64, 256, 700))
+    head = peaked((32, 64, 300))
     right = ours(head, policy="filtered")
     monkeypatch.setattr(workspace, "poisons", True)
-    monkeypatch.setitem(select.LAST_STEP, name, select.Step.GRADIENT)
-    assert not torch.equal(ours(head, policy="filtered").d_weight, right.d_weight)
+    for name in ("dz", "tail_mass"):
+        with monkeypatch.context() as patch:
+            patch.setitem(LAST_STEP, name, Step.GRADIENT)
+            assert not torch.equal(ours(head, policy="filtered").d_weight, right.d_weight), name
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_the_exact_gradient_in_rows_of_its_own(monkeypatch, dtype):
+def test_the_exact_gradient_in_rows_of_its_own(monkeypatch):
     """Chunks in dC, in less of it, and in memory of their own: each class is in one of them."""
-    from crosscut.backends.triton import chunks, select
-
-    head = make_head((150, 128, 3000), dtype, ignored=0.3)
+    head = make_head((100, 128, 1100), torch.bfloat16, ignored=0.3)
     whole = ours(head, policy="exact")
     parts = []
 
@@ -310,10 +309,10 @@ def test_the_exact_gradient_in_rows_of_its_own(monkeypatch, dtype):
         return parts
 
     monkeypatch.setattr(select, "plan_parts", spy)
-    monkeypatch.setattr(chunks, "workspace_limit", lambda: 256 * 256 * dtype.itemsize)
+    monkeypatch.setattr(chunks, "workspace_limit", lambda: 128 * 256 * 2)
     found = ours(head, policy="exact")
     assert [len(part.classes) > 0 for part in parts] == 3 * [True]
-    assert [number for part in parts for number in part.classes] == [*range(3000)]
+    assert [number for part in parts for number in part.classes] == [*range(1100)]
     assert [part.layout.offset["dz"] is None for part in parts] == [False, False, True]
     assert torch.equal(found.d_weight, whole.d_weight)
     true = outcome(reference.linear_cross_entropy, head.double())
@@ -329,8 +328,6 @@ def test_the_exact_gradient_in_rows_of_its_own(monkeypatch, dtype):
 )
 def test_every_class_has_a_workspace(monkeypatch, limit, shape):
     """Each is in one part, and none is empty, however little there is."""
-    from crosscut.backends.triton import chunks
-
     monkeypatch.setattr(chunks, "workspace_limit", lambda: limit)
     num_tokens, hidden_size, num_classes = shape
     classifier = torch.empty(num_classes, hidden_size, dtype=torch.bfloat16)
@@ -355,9 +352,6 @@ def some_problem(num_tokens: int, classifier: Tensor) -> HeadProblem:
 
 
 def test_workspace(monkeypatch):
-    from crosscut.device import workspace
-    from crosscut.device.workspace import Layout, Lender, Region, Workspace
-
     matrix = torch.zeros(100, 64, dtype=torch.bfloat16)
     regions = {
         "first": Region((3, 100), torch.float32, until=1),
@@ -389,7 +383,6 @@ def test_workspace(monkeypatch):
 
 def test_room_for_pairs(monkeypatch):
     """Within what the exact gradient would have, a fixed number at least, a quarter at most."""
-    from crosscut.backends.column_filter import MOST_SELECTED, capacity_for_pairs
 
     def room(tokens: int, classes: int) -> int:
         """Of a block of 16 tokens."""
@@ -405,8 +398,6 @@ def test_room_for_pairs(monkeypatch):
 
 
 def test_entries_that_do_not_fit_get_the_exact_gradient(monkeypatch, drop_below):
-    from crosscut.backends.triton import project
-
     drop_below(2.0**-7)  # so that some classes are kept by few blocks: only they have nonzeros
     head = peaked((80, 32, 120))
     monkeypatch.setattr(project, "NONZEROS_PER_TOKEN", 0)
@@ -454,16 +445,12 @@ def test_a_frozen_side_changes_nothing_of_the_other(frozen):
 @pytest.mark.parametrize("num_classes", [40, 8192, 20_000])
 def test_labels_come_first(num_classes):
     """Among the classes whose log-sum-exp is taken first: each once, the batch's labels before."""
-    from crosscut.kernels.flags import flagged_first
-    from crosscut.kernels.indexed_matmul import indexed_matmul
-    from crosscut.kernels.logits_tile import Head
-
     labels = torch.randint(num_classes, (77,))
     labels[::5] = -1
     some = min(num_classes, 300)
     flags = torch.zeros(num_classes, dtype=torch.int8)
     indexed_matmul(
-        Head(torch.ones(77, 16), torch.ones(num_classes, 16), None, 1.0, None), labels, flags
+        KernelHead(torch.ones(77, 16), torch.ones(num_classes, 16), None, 1.0, None), labels, flags
     )
     found = flagged_first(flags, some).tolist()
     mine = sorted({*labels.tolist()} - {-1})
@@ -496,8 +483,6 @@ def test_labels_come_first(num_classes):
 def test_lists_of_kept_pairs(
     num_rows, first_level, blocks, num_classes, most_hot, deferred_from, most_deferred
 ):
-    from crosscut.kernels.selected_pairs import LEVELS, Limits, select_pairs
-
     block_n, block_slots = 16, 32
     used = -(-num_rows // block_n)
     mass = 1.5 * torch.rand(blocks, num_classes)
@@ -557,8 +542,6 @@ def test_lists_of_kept_pairs(
 
 
 def test_too_many_pairs_are_not_listed():
-    from crosscut.kernels.selected_pairs import Limits, select_pairs
-
     mass, tokens = torch.full((2, 300), torch.inf), some_tokens(32, torch.ones(32, 6))
     found = select_pairs(
         mass, tokens, workspace_for(mass, 512), Limits(1e9, 300, 300, 0),
@@ -568,9 +551,6 @@ def test_too_many_pairs_are_not_listed():
 
 
 def workspace_for(mass: Tensor, num_slots: int) -> Any:
-    from crosscut.device.workspace import Layout, Region, Workspace
-    from crosscut.kernels.selected_pairs import list_shapes
-
     blocks, num_classes = mass.shape
     shapes = list_shapes(blocks, num_classes, num_slots)
     shapes["tail_mass"] = (blocks, num_classes), mass.dtype
@@ -579,7 +559,80 @@ def workspace_for(mass: Tensor, num_slots: int) -> Any:
 
 
 def some_tokens(num_rows: int, vectors: Tensor) -> Any:
-    from crosscut.kernels.softmax_gradient import Tokens
-
     count, none = torch.tensor([num_rows], dtype=torch.int32), torch.empty(0)
     return Tokens(count, none, none, vectors)
+
+
+def test_pairs_of_many_blocks_by_tiles_as_wide_as_on_hopper(monkeypatch):
+    """Tiles of 256 slots are worked on in parts; 4100 blocks, of which three have pairs."""
+    blocks, block_n, slots, num_classes, hidden_size = 4100, 16, 256, 130, 8
+    classes_of = {0: [3, 70, 129], 2049: [*range(128)], 4099: [5, 64]}
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.zeros(blocks * block_n, hidden_size)
+    weight = torch.randn(num_classes, hidden_size, generator=generator)
+    num_rows = blocks * block_n - 3
+    hidden[:num_rows] = torch.randn(num_rows, hidden_size, generator=generator)
+    own = torch.zeros(len(hidden), dtype=torch.int64)  # of block 0, which does not keep it
+    own[-block_n:] = 5
+    cells = -(-num_classes // 64)
+    cell_start = torch.zeros(blocks, cells + 1, dtype=torch.int32)
+    columns = torch.zeros(len(classes_of) * slots, dtype=torch.int32)
+    first = 0
+    for block in range(blocks):
+        some = torch.tensor(classes_of.get(block, []), dtype=torch.int64)
+        ends = torch.bincount(some // 64, minlength=cells).cumsum(0)
+        cell_start[block] = torch.tensor([first, *(first + ends).tolist()])
+        columns[first : first + len(some)] = some
+        first += slots if len(some) else 0
+    logits = hidden @ weight.t()
+    lse = logits.logsumexp(1)
+    factor = torch.rand(len(hidden), generator=generator)
+    factor[num_rows:] = 0
+    vectors = torch.zeros(len(hidden), 6)
+    vectors[:, 0], vectors[:, 1], vectors[:, 2], vectors[:, 5] = lse, factor, -7.0, 1.0
+    count = torch.tensor([num_rows], dtype=torch.int32)
+    pairs = SelectedPairs(
+        columns=columns, cell_start=cell_start, column_mass=torch.zeros(blocks, num_classes),
+        tail=torch.zeros(blocks), threshold=torch.ones(2, blocks),
+        hot=torch.full((slots,), -1, dtype=torch.int32),
+        hot_count=torch.zeros(2, dtype=torch.int32),
+        hot_rank=torch.full((num_classes,), -1, dtype=torch.int32),
+        num_rows=count, exact_rows=-count,
+    )  # fmt: skip
+    monkeypatch.setattr(pair_gradient, "num_programs", lambda device: 1)  # each sees all blocks
+    made: Any = {
+        "dz": torch.empty(len(columns), block_n),
+        "num_nonzeros": torch.empty(len(columns), dtype=torch.int32),
+        "selected_mass": torch.empty(len(classes_of), block_n),
+        "nonzero_mass": torch.empty(len(classes_of), block_n),
+        "rest": torch.empty(len(columns)),
+        "hot_head": torch.zeros(slots, hidden_size),
+    }
+    found = pair_gradient.pair_gradient(
+        KernelHead(hidden, weight, None, 1.0, None), Tokens(count, hidden, own, vectors), pairs,
+        made,
+        Tiles(
+            block_n=block_n, block_v=slots, block_d=16, num_warps=1, num_stages=1,
+            precision="upcast",
+        ),
+        mass_unit=1.0, nonzero=0.1,
+    )  # fmt: skip
+    p = (logits - lse[:, None]).exp()
+    for tile, (block, classes) in enumerate(classes_of.items()):
+        rows = slice(block * block_n, min((block + 1) * block_n, num_rows))
+        mine = p[rows][:, classes].t()
+        is_own = torch.tensor(classes)[:, None] == own[rows]
+        dz = torch.where(is_own, -7.0, factor[rows] * mine)
+        part = slice(tile * slots, tile * slots + len(classes))
+        others = torch.where(is_own, 0, mine)
+        is_nonzero = is_own | (dz > 0.1 * factor[rows])
+        width = dz.shape[1]
+        torch.testing.assert_close(found.dz[part, :width], dz)
+        torch.testing.assert_close(found.selected_mass[tile, :width], others.sum(0))
+        torch.testing.assert_close(
+            found.nonzero_mass[tile, :width], torch.where(is_nonzero, others, 0).sum(0)
+        )
+        assert torch.equal(found.num_nonzeros[part].long(), is_nonzero.sum(1))
+        rest = torch.where(is_nonzero, 0, others).sum(1)
+        torch.testing.assert_close(found.rest[part], rest)
+        torch.testing.assert_close(pairs.column_mass[block, classes], rest)

@@ -8,8 +8,8 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from conftest import INTERPRETED
 from support.judging import make_head
+from support.places import INTERPRETED
 
 from crosscut.backends.protocol import HeadProblem, ShardProblem, VocabShard
 from crosscut.options import LossOptions

@@ -28,7 +28,7 @@ from crosscut.options import HeadOptions
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from programs.compile_kernels import NoDriver
+from programs.compile_kernels import NoDriver, last_stage
 
 GPU = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, multi_processor_count=132)
 CALLS: dict[str, dict[str, Any]] = {
@@ -84,6 +84,7 @@ def main() -> None:
     driver.set_active(gpu)
     triton.knobs.runtime.jit_post_compile_hook = lambda **of: compiled.append(of["fn"].name)
     with (
+        last_stage(["ttir"]),  # of which kernels are compiled that is enough to see
         mock.patch.object(triton.JITFunction, "run", record),
         mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)),
         mock.patch("torch.cuda.get_device_properties", return_value=GPU),

@@ -11,6 +11,7 @@ alignment, the tiles that such a GPU is given. ``tf32`` is float32 that may be m
 
     --few       only some variants
     --shared    stop where shared memory is known, before LLVM: in a third of the time
+    --assembly  stop at PTX, or its like: of the resources, shared memory alone is known
 
     python tests/programs/compile_kernels.py --table
 
@@ -34,7 +35,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -135,8 +136,10 @@ def gpu(target: str) -> Iterator[NoDriver]:
         launch._device_ahead.reset(token)
 
 
-def compile_all(calls: list[Call], *, shared: bool = False) -> list[Compiled]:
-    """What these calls launch, compiled for the current card."""
+def compile_all(
+    calls: list[Call], *, shared: bool = False, assembly: bool = False
+) -> list[Compiled]:
+    """What these calls launch, compiled for the current card, or so far."""
     found: dict[int, Compiled] = {}
     seconds: dict[str, float] = {}
     run = triton.JITFunction.run
@@ -159,6 +162,8 @@ def compile_all(calls: list[Call], *, shared: bool = False) -> list[Compiled]:
         triton.knobs.compilation.listener = listen
         if shared:
             stack.enter_context(only_shared_memory())
+        if assembly:
+            stack.enter_context(last_stage(["ptx", "amdgcn"]))
         for call in calls:
             call()
     return list(found.values())
@@ -188,13 +193,35 @@ def only_shared_memory() -> Iterator[None]:
         metadata["name"] = ""
         return ""
 
+    with last_stage(["llir"], lambda make_llir: partial(allocate, make_llir)):
+        yield
+
+
+@contextmanager
+def last_stage(
+    names: Sequence[str], change: Callable[[Any], Any] = lambda make: make
+) -> Iterator[None]:
+    """Compile no further than a stage, the one of these names; what follows makes nothing.
+
+    Args:
+        names: what it is called, by one compiler or another.
+        change: what becomes of it.
+    """
+
+    def nothing(module: Any, metadata: dict[str, Any]) -> str:
+        del module
+        for name, value in (("shared", 0), ("tmem_size", 0), ("name", "")):
+            metadata.setdefault(name, value)
+        return ""
+
     def shorten(*arguments: Any) -> Any:
         if not arguments:  # which is asked for what it does, for the cache
-            return "shared", "shared"
+            return names[0], names[0]
         stages = arguments[1]
-        stages["llir"] = partial(allocate, stages["llir"])
-        for name in list(stages)[list(stages).index("llir") + 1 :]:
-            stages[name] = lambda module, metadata: ""
+        (last,) = (name for name in stages if name in names)
+        stages[last] = change(stages[last])
+        for name in list(stages)[list(stages).index(last) + 1 :]:
+            stages[name] = nothing
         return None
 
     triton.knobs.runtime.add_stages_inspection_hook = shorten
@@ -445,7 +472,7 @@ def main() -> None:
     )
     parser.add_argument("cards", nargs="*", choices=[*CARDS, []], metavar="CARD")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    for option in ("few", "shared", "table", "too-large"):
+    for option in ("few", "shared", "assembly", "table", "too-large"):
         parser.add_argument(f"--{option}", action="store_true")
     wanted = parser.parse_args()
     if wanted.table:
@@ -456,7 +483,10 @@ def main() -> None:
             if wanted.too_large:
                 launch_too_large(card)
                 continue
-            for compiled in compile_all(calls(wanted.dtype, few=wanted.few), shared=wanted.shared):
+            wanted_calls = calls(wanted.dtype, few=wanted.few)
+            for compiled in compile_all(
+                wanted_calls, shared=wanted.shared, assembly=wanted.assembly
+            ):
                 metadata = compiled.kernel.metadata
                 line = {
                     "card": name,

@@ -177,21 +177,6 @@ def rounding(dtype: torch.dtype) -> float:
     return {torch.float64: 64 * eps, torch.float32: 2 * eps}.get(dtype, eps / 2)
 
 
-def rounding_of_statistics(head: Head, ignore_index: int = -100) -> float:
-    """What a loss may be off, relative to itself, as the difference of two float32 statistics.
-
-    Each is rounded once, to half of its last place; a loss may be much smaller than they are, and
-    then ``softmax - onehot`` is as small as it and as much off. PyTorch subtracts before it rounds.
-    """
-    head = head.double()
-    z = reference.logits(head.input, head.linear_weight, head.linear_bias)
-    kept = head.target != ignore_index
-    target = z.gather(-1, torch.where(kept, head.target, 0)[..., None])[..., 0]
-    lse = z.logsumexp(-1)
-    sizes, losses = ((lse.abs() + target.abs())[kept].sum(), (lse - target)[kept].sum())
-    return (torch.finfo(torch.float32).eps / 2 * sizes / losses).item()
-
-
 def judge(
     ours: LossFn, theirs: LossFn, head: Head, *, factor: float = FACTOR, by_row: bool = True,
     **options: Any,
