@@ -100,7 +100,7 @@ def linear_kl_div(
     Raises:
         ValueError: a shape, a device or an option does not fit.
         TypeError: a dtype or the type of an option does not fit.
-        IndexError: a target is out of range (checked on the CPU).
+        IndexError: a target is out of range, on the CPU; see :func:`linear_cross_entropy`.
 
     Note:
         Gradients come in the inputs' dtypes. Differentiating them again raises RuntimeError.
@@ -237,7 +237,7 @@ def linear_topk_kl_div(
         ValueError: a shape, a device or an option does not fit; a probability is none, or a class
             comes twice (both checked on the CPU, unless compiled).
         TypeError: a dtype or the type of an option does not fit.
-        IndexError: a class is out of range (on the CPU).
+        IndexError: a class is out of range, on the CPU; see :func:`linear_cross_entropy`.
     """
     check_tensors({"input": input, "teacher_index": teacher_index, "teacher_prob": teacher_prob})
     if teacher_index.dim() != input.dim():

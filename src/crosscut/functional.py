@@ -91,8 +91,8 @@ def linear_cross_entropy(
     Raises:
         ValueError: a shape, a device or an option does not fit.
         TypeError: a dtype or the type of an option does not fit.
-        IndexError: a target is out of range (checked on the CPU; on a GPU it is undefined, as
-            looking would stall it).
+        IndexError: a target is out of range, on the CPU. On a GPU it fails an assertion on the
+            device, as in PyTorch: a later call raises, and the process can use the GPU no more.
         RuntimeError: a tensor has a tangent, as under ``torch.func.jvp``.
 
     Note:
