@@ -151,8 +151,7 @@ class RunningStatistics:
         finite = self.own_logit.isfinite()
         self.reference = torch.where(finite, self.own_logit, 0).to(self.logits.dtype)
         self.logits.expect(self.reference)
-        if problem.logit_weight is not None:
-            self.logits.expect_tokens(len(rows))
+        self.logits.expect_tokens(len(rows))
         self.survey = None
         if self.logits.fast != self.logits.dtype:
             self.survey = Survey(self.logits, problem)

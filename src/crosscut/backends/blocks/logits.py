@@ -30,9 +30,9 @@ NEGLIGIBLE = -1e4
 
 
 FEW_TOKENS = 32
-"""So many valid tokens have gradients, and sums over all their logits, in full precision: logits
-far from the center may be all that there is to a row of dC, and matmuls wait for the classifier to
-be read anyway."""
+"""So many valid tokens are computed in full precision, forward and backward: logits far from the
+center may be all that there is to a row of dC, and matmuls wait for the classifier to be read.
+"""
 
 SAMPLE = 256
 """How many classes say where the logits are, before all are made."""
