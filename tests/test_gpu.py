@@ -384,3 +384,38 @@ def test_half_of_the_labels_ignored_is_half_of_the_batch():
     assert (ours[1][::2] == 0).all()
     assert torch.equal(ours[1][1::2], alone[1])
     assert torch.equal(ours[2], alone[2])
+
+
+@pytest.mark.parametrize(
+    ("shape", "ignored", "options"),
+    [
+        ((1500, 256, 20_000), 0.3, {"softcap": 50.0}),
+        ((900, 250, 9001), 0.2, {}),  # whose rows TMA does not load
+        ((8192, 256, 16_000), 0.0, {}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("fits", ["pairs", "nothing"])
+def test_selected_pairs_that_do_not_fit(monkeypatch, shape, ignored, options, fits):
+    """The sweep over pairs: for dC alone, or for dH too. The same bits each time, and as good."""
+    from crosscut.backends import column_filter
+    from crosscut.backends.triton import project, select
+
+    monkeypatch.setattr(column_filter, "PAIR_SWEEP", True)
+    if fits == "nothing":
+        capacity = column_filter.Capacity(1, shape[2] // 8, shape[2], 0)
+        monkeypatch.setattr(select, "capacity_for_pairs", lambda problem, lends: capacity)
+    monkeypatch.setattr(project, "NONZEROS_PER_TOKEN", 0)
+    head = cuda_head(shape, ignored=ignored)
+    head = replace(head, input=5 * head.input)
+    assert (
+        0
+        < crosscut.gradient_sparsity(head.input, head.linear_weight, head.target, **options).kept
+        < 0.5
+    )
+    assert_as_accurate_as_pytorch(head, by_row=False, backend="triton", **options)
+    first = step(head, **options)
+    assert not torch.equal(first[2], step(head, policy="exact", **options)[2])
+    for _ in range(5):
+        for one, again in zip(first, step(head, **options), strict=True):
+            assert torch.equal(one, again)

@@ -506,7 +506,7 @@ def test_lists_of_kept_pairs(
     tokens = some_tokens(num_rows, vectors)
     found = select_pairs(
         mass, tokens, workspace_for(mass, 2**18),
-        Limits(1.0, most_hot, deferred_from, most_deferred),
+        Limits(1.0, most_hot, deferred_from, most_deferred, 0.5),
         block_n=block_n, block_slots=block_slots,
     )  # fmt: skip
 
@@ -538,16 +538,19 @@ def test_lists_of_kept_pairs(
         assert torch.equal(found.column_mass[block], tail)
         assert found.tail[block].item() == pytest.approx(float(tail.sum()), rel=1e-5)
         first = next_block
-    assert (int(found.num_rows), int(found.exact_rows)) == (num_rows, -1)
+    rows = found.num_rows, found.swept_rows, found.exact_rows
+    assert [int(number) for number in rows] == [num_rows, -1, -1]
 
 
-def test_too_many_pairs_are_not_listed():
+@pytest.mark.parametrize(("most_swept", "swept", "exact"), [(0.9, -1, 32), (1.0, 32, -1)])
+def test_too_many_pairs_are_not_listed(most_swept, swept, exact):
     mass, tokens = torch.full((2, 300), torch.inf), some_tokens(32, torch.ones(32, 6))
     found = select_pairs(
-        mass, tokens, workspace_for(mass, 512), Limits(1e9, 300, 300, 0),
+        mass, tokens, workspace_for(mass, 512), Limits(1e9, 300, 300, 0, most_swept),
         block_n=16, block_slots=32,
     )  # fmt: skip
-    assert (int(found.num_rows), int(found.exact_rows)) == (-1, 32)
+    rows = found.num_rows, found.swept_rows, found.exact_rows
+    assert [int(number) for number in rows] == [-1, swept, exact]
 
 
 def workspace_for(mass: Tensor, num_slots: int) -> Any:
@@ -597,7 +600,7 @@ def test_pairs_of_many_blocks_by_tiles_as_wide_as_on_hopper(monkeypatch):
         hot=torch.full((slots,), -1, dtype=torch.int32),
         hot_count=torch.zeros(2, dtype=torch.int32),
         hot_rank=torch.full((num_classes,), -1, dtype=torch.int32),
-        num_rows=count, exact_rows=-count,
+        num_rows=count, swept_rows=-count, exact_rows=-count,
     )  # fmt: skip
     monkeypatch.setattr(pair_gradient, "num_programs", lambda device: 1)  # each sees all blocks
     made: Any = {

@@ -130,6 +130,7 @@ def gpu(target: str) -> Iterator[NoDriver]:
             mock.patch("torch.cuda.get_device_capability", return_value=card.capability),
             mock.patch("torch.cuda.get_device_properties", return_value=properties),
             mock.patch("crosscut.device.tuned.lookup", return_value=None),
+            mock.patch("crosscut.backends.column_filter.PAIR_SWEEP", new=True),
         ):
             yield card
     finally:

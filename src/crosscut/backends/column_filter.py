@@ -32,6 +32,14 @@ MOST_SELECTED = 9 * 2**10
 NONZEROS_PER_TOKEN = 400
 """Nonzeros of dC that fit."""
 
+PAIR_SWEEP = False
+"""Whether selected pairs that do not fit their lists are computed by chunks of the vocabulary
+(:mod:`crosscut.kernels.pair_sweep`), in place of everything. It is right in the interpreter and
+compiles for all cards, but has not run on a GPU yet, and so is off."""
+
+MOST_SWEPT = 0.5
+"""Share of the pairs up to which that is so. An estimate."""
+
 HOT_BYTES = 3 * 2**25
 """For rows of C of hot classes; half of it where dC lends none."""
 
@@ -61,6 +69,11 @@ def most_tail(problem: HeadProblem) -> float:
         return torch.finfo(torch.float32).max  # not inf: no rows times that is no number
     unit = mass_unit(len(problem.classifier))
     return TAIL_SHARE * torch.finfo(problem.hidden.dtype).eps / unit
+
+
+def most_swept() -> float:
+    """Share of the pairs up to which the selected ones are computed though no list holds them."""
+    return MOST_SWEPT if PAIR_SWEEP else 0.0
 
 
 def block_thresholds(problem: HeadProblem, statistics: Statistics, masses: Tensor) -> Tensor:
@@ -186,10 +199,12 @@ def sparsity(problem: HeadProblem, statistics: Statistics) -> tuple[float, float
     hot = hot_classes(selected, capacity)
     selected[:, hot] = True
     unused = len(statistics.saved.column_mass) - len(masses)  # hot classes are there too
-    if int(selected.sum()) + unused * len(hot) > capacity.pairs:
+    listed = int(selected.sum()) + unused * len(hot) <= capacity.pairs
+    share = selected.double().mean().item()
+    if not listed and share > most_swept():
         return 1.0, 0.0
     tail = masses[~selected].sum().item() * mass_unit(masses.shape[1])
-    return selected.double().mean().item(), tail / num_rows
+    return share, tail / num_rows
 
 
 BLOCK_N = 1024

@@ -55,7 +55,7 @@ class Nonzeros(NamedTuple):
     place: Tensor  # [most] int32
     value: Tensor  # [most], the dtype of H
     num_rows: Tensor  # [1] int32, as of the pairs; -1 too where not all of them fit
-    exact_rows: Tensor  # [1] int32, the same the other way round
+    rows_left: Tensor  # [1] int32, how many rows dC is to have otherwise; -1 if none
 
 
 @kernel
@@ -92,7 +92,8 @@ def list_nonzeros_kernel(
     place_ptr,
     value_ptr,
     listed_rows_ptr,
-    exact_rows_ptr,
+    rows_left_ptr,
+    unlisted_rows_ptr,
     num_blocks,
     cells,
     most_nonzeros,
@@ -133,7 +134,8 @@ def list_nonzeros_kernel(
     if (tl.program_id(0) == 0) & (block == 0):
         fits = (num_rows >= 0) & (tl.load(end_ptr + cells * num_blocks - 1) <= most_nonzeros)
         tl.store(listed_rows_ptr, tl.where(fits, num_rows, -1))
-        tl.store(exact_rows_ptr, tl.where(fits, -1, tl.load(all_rows_ptr)))
+        left = tl.where(num_rows >= 0, tl.load(all_rows_ptr), tl.load(unlisted_rows_ptr))
+        tl.store(rows_left_ptr, tl.where(fits, -1, left))
 
 
 def nonzero_shapes(blocks: int, num_classes: int, num_slots: int) -> dict[str, Shape]:
@@ -151,6 +153,7 @@ def list_nonzeros(
     pairs: SelectedPairs,
     gradient: PairGradient,
     workspace: Workspace,
+    unlisted_rows: Tensor,
     *,
     most: int,
     nonzero: float,
@@ -163,6 +166,7 @@ def list_nonzeros(
         pairs: the lists of pairs.
         gradient: of the pairs.
         workspace: with the regions of :func:`nonzero_shapes`.
+        unlisted_rows: [1] int32, how many rows are left for others if the pairs are not listed.
         most: capacity for nonzeros.
         nonzero: as in ``gradient``.
     """
@@ -181,12 +185,12 @@ def list_nonzeros(
         place=new(most),
         value=new(most, gradient.dz.dtype),
         num_rows=new(1),
-        exact_rows=new(1),
+        rows_left=new(1),
     )
     list_nonzeros_kernel[(64, blocks)](
         all_rows, tokens.num_rows, tokens.own, tokens.vectors, gradient.dz, pairs.columns,
-        pairs.cell_start, pairs.threshold, before, found.end, found.place,
-        found.value, found.num_rows, found.exact_rows, blocks, cells, most, nonzero,
+        pairs.cell_start, pairs.threshold, before, found.end, found.place, found.value,
+        found.num_rows, found.rows_left, unlisted_rows, blocks, cells, most, nonzero,
         CELL=CELL, BLOCK_N=gradient.dz.shape[1], SLOTS=LIST_SLOTS, num_warps=4,
     )  # fmt: skip
     return found

@@ -31,8 +31,10 @@ matrix [hot, tokens]. All other pairs are the tail, whose masses are left side b
 from ``deferred_from`` on are *deferred*: there is less memory for them. Those for which there is
 none are treated as any other class.
 
-**When not.** Where there are more pairs than slots, nothing is to be made of them, and ``num_rows``
-says so to whoever comes next.
+**When not.** Where there are more pairs than slots, nothing is to be made of these lists, and
+``num_rows`` says so to whoever comes next. ``swept_rows`` then says whether the same pairs are to
+be computed in another way, or ``exact_rows`` that all pairs are: where more than a share
+``most_swept`` of them is selected.
 
 **Who owns what.** Six launches. In the first a program owns a range of classes, and sums the tails
 that each threshold leaves in each block. In the second one owns a block, and chooses its threshold.
@@ -86,7 +88,8 @@ class SelectedPairs(NamedTuple):
     hot_count: Tensor  # [2] int32: how many, and how many are not deferred
     hot_rank: Tensor  # [V] int32, -1 for others
     num_rows: Tensor  # [1] int32, the valid rows; -1 if the pairs are of no use
-    exact_rows: Tensor  # [1] int32, the same the other way round
+    swept_rows: Tensor  # [1] int32, the valid rows if the pairs are for :mod:`.pair_sweep`, else -1
+    exact_rows: Tensor  # [1] int32, the valid rows if all pairs are to be computed, else -1
 
 
 @triton.jit
@@ -296,8 +299,8 @@ def place_pairs_kernel(
 @kernel
 def list_pairs_kernel(
     column_mass_ptr, num_rows_ptr, threshold_ptr, block_count_ptr, hot_count_ptr,
-    cell_start_ptr, hot_rank_ptr, columns_ptr, tail_mass_ptr, filtered_rows_ptr, exact_rows_ptr,
-    num_blocks, num_classes, cells, num_slots,
+    cell_start_ptr, hot_rank_ptr, columns_ptr, tail_mass_ptr, decided, num_blocks, num_classes,
+    cells, num_slots, most_swept,
     BLOCK_N: tl.constexpr, SLOTS: tl.constexpr, CELL: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """Program (b, i) owns CELLS cells of block b; program (b, 0) its padding too."""
@@ -324,9 +327,17 @@ def list_pairs_kernel(
         tl.store(columns_ptr + padding, tl.zeros((SLOTS,), tl.int32), mask=in_padding)
         if block == 0:
             slots = slots_before(block_count_ptr, hot_count_ptr, num_blocks, num_blocks, SLOTS)
-            filters = slots <= num_slots
-            tl.store(filtered_rows_ptr, tl.where(filters, num_rows, -1))
-            tl.store(exact_rows_ptr, tl.where(filters, -1, num_rows))
+            listed = slots <= num_slots
+            blocks = tl.cdiv(num_rows, BLOCK_N)
+            pairs = tl.load(hot_count_ptr) * blocks
+            for start in range(0, blocks, 128):
+                index = start + tl.arange(0, 128)
+                pairs += tl.sum(tl.load(block_count_ptr + index, mask=index < blocks, other=0), 0)
+            few = pairs <= most_swept * blocks.to(tl.float32) * num_classes
+            listed_rows_ptr, swept_rows_ptr, exact_rows_ptr = decided
+            tl.store(listed_rows_ptr, tl.where(listed, num_rows, -1))
+            tl.store(swept_rows_ptr, tl.where((listed == 0) & few, num_rows, -1))
+            tl.store(exact_rows_ptr, tl.where(listed | few, -1, num_rows))
 
 
 def list_shapes(blocks: int, num_classes: int, num_slots: int) -> dict[str, Shape]:
@@ -342,7 +353,6 @@ def list_shapes(blocks: int, num_classes: int, num_slots: int) -> dict[str, Shap
     return {
         "columns": ((num_slots,), torch.int32),
         "cell_start": ((blocks, cells + 1), torch.int32),
-        "tail": ((blocks,), torch.float32),
         "count": ((blocks, cells), torch.int32),
         "block_count": ((blocks,), torch.int32),
         "chunk_tail": ((blocks, triton.cdiv(cells, COUNT_CELLS)), torch.float32),
@@ -364,6 +374,7 @@ class Limits(NamedTuple):
     most_hot: int  # capacity for hot classes
     deferred_from: int  # the class from which on hot classes are deferred
     most_deferred: int  # capacity for those
+    most_swept: float = 0.0  # share of the pairs up to which they are swept if not listed
 
 
 def select_pairs(
@@ -392,7 +403,7 @@ def select_pairs(
     cells = triton.cdiv(num_classes, CELL)
     range_classes = _range_classes(num_classes)
     surveyors = triton.cdiv(num_classes, range_classes)
-    most_tail, *most_hot = limits
+    most_tail, *most_hot, most_swept = limits
 
     def lasting(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=column_mass.device)
@@ -401,12 +412,13 @@ def select_pairs(
         column_mass=workspace["tail_mass"],
         columns=workspace["columns"],
         cell_start=workspace["cell_start"],
-        tail=workspace["tail"],
+        tail=lasting(blocks, dtype=torch.float32),
         hot=lasting(triton.cdiv(limits.most_hot, block_slots) * block_slots),
         hot_rank=lasting(num_classes),
         hot_count=lasting(2),
         threshold=lasting(2, blocks, dtype=torch.float32),
         num_rows=lasting(1),
+        swept_rows=lasting(1),
         exact_rows=lasting(1),
     )
     count, block_count = workspace["count"], workspace["block_count"].zero_()
@@ -437,8 +449,9 @@ def select_pairs(
     )  # fmt: skip
     list_pairs_kernel[(blocks, triton.cdiv(cells, LIST_CELLS))](
         column_mass, num_rows, pairs.threshold, block_count, pairs.hot_count, pairs.cell_start,
-        pairs.hot_rank, pairs.columns, pairs.column_mass, pairs.num_rows, pairs.exact_rows,
-        blocks, num_classes, cells, len(pairs.columns),
+        pairs.hot_rank, pairs.columns, pairs.column_mass,
+        (pairs.num_rows, pairs.swept_rows, pairs.exact_rows), blocks, num_classes, cells,
+        len(pairs.columns), most_swept,
         BLOCK_N=block_n, SLOTS=block_slots, CELL=CELL, CELLS=LIST_CELLS,
     )  # fmt: skip
     return pairs

@@ -45,11 +45,13 @@ class Part(NamedTuple):
         return Workspace(self.layout, device, d_classifier)["dz"]
 
 
-def plan_parts(problem: HeadProblem, d_classifier: Tensor | None) -> list[Part]:
-    """Which classes go together in the exact gradient; every class is in one part.
+def plan_parts(
+    problem: HeadProblem, d_classifier: Tensor | None, *, multiple: int = TILE
+) -> list[Part]:
+    """Which classes go together in a sweep; every class is in one part.
 
     Where dC is small, or is not wanted, ``dz`` has memory of its own; and where a chunk is wide
-    enough without more.
+    enough without more. A part ends at a multiple of ``multiple`` classes, itself one of TILE.
     """
     num_classes, limit = len(problem.classifier), workspace_limit()
     gradient = choose_tiles(Kernel.GRADIENT, problem.hidden)
@@ -67,7 +69,7 @@ def plan_parts(problem: HeadProblem, d_classifier: Tensor | None) -> list[Part]:
     if narrow.regions["dz"].shape[1] < ENOUGH_CLASSES:
         for share in (1, MIDDLE):
             wide = layout(share, Lender.of(d_classifier))
-            last = (wide.first_row or 0) // TILE * TILE
+            last = (wide.first_row or 0) // multiple * multiple
             if first < last:  # not so where no chunk is narrower than another
                 parts.append(Part(range(first, last), wide))
                 first = last

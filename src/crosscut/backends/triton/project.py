@@ -14,6 +14,7 @@ from crosscut.backends.column_filter import NONZEROS_PER_TOKEN, mass_unit, nonze
 from crosscut.backends.protocol import Gradients, HeadProblem, Statistics
 from crosscut.backends.triton.chunked import gradients_by_chunks
 from crosscut.backends.triton.exact import exact_gradients
+from crosscut.backends.triton.pair_sweep import sweep_pairs
 from crosscut.backends.triton.select import Plan, Selection, Step
 from crosscut.backends.triton.valid_tokens import ValidTokens
 from crosscut.device.launch import like_or
@@ -33,8 +34,12 @@ def project(problem: HeadProblem, statistics: Statistics, plan: Plan) -> Gradien
     """Carry out a plan."""
     valid = plan.valid
     if plan.selection is not None:
-        exact_rows = _of_selected_pairs(problem, statistics, plan, plan.selection)
-        valid = valid.limited_to(exact_rows)
+        pairs = plan.selection.pairs
+        rows_left, tail_row = _of_listed_pairs(problem, statistics, plan, plan.selection)
+        if plan.swept_parts:
+            sweep_pairs(problem, statistics, plan, pairs, rows_left, tail_row)
+            rows_left = pairs.exact_rows
+        valid = valid.limited_to(rows_left)
     if plan.by_chunks:
         gradients_by_chunks(problem, valid, plan.out, plan.paper)
     else:
@@ -42,18 +47,21 @@ def project(problem: HeadProblem, statistics: Statistics, plan: Plan) -> Gradien
     return plan.out
 
 
-def _of_selected_pairs(
+def _of_listed_pairs(
     problem: HeadProblem, statistics: Statistics, plan: Plan, selection: Selection
-) -> Tensor:
-    """Fill the gradients if the softmax allows it.
+) -> tuple[Tensor, Tensor | None]:
+    """Fill the gradients if the pairs, and the nonzeros of dC, are listed.
 
-    Returns how many rows are left for the exact sweep, [1] int32: -1, or all.
+    Returns:
+        How many rows are left for the sweep over pairs, or the exact one if there is none, [1]
+        int32: -1, or all; and the tail's rows for dH, [blocks, D] float32, if it is wanted.
     """
     classifier, options = problem.classifier, problem.options
     tiles, workspace, pairs, _, _ = selection
     out, valid = plan.out, plan.valid.limited_to(pairs.num_rows)
     head = Head(problem.hidden, classifier, None, options.logit_scale, options.softcap)
     nonzero = nonzero_above(len(problem.hidden))
+    unlisted_rows = pairs.swept_rows if plan.swept_parts else pairs.exact_rows
     # Before the gradient fills in what it leaves of each pair: dH has all of the pairs.
     by_block = None
     if out.hidden is not None:
@@ -78,8 +86,10 @@ def _of_selected_pairs(
     if out.classifier is None:
         for step in (Step.NONZEROS, Step.HOT, Step.FIRST_ROWS):
             workspace.end(step)
-        return pairs.exact_rows
-    return _d_classifier(out.classifier, valid, selection, gradient, tail_rows, nonzero)
+        return unlisted_rows, by_block
+    left = unlisted_rows, tail_rows
+    rows_left = _d_classifier(out.classifier, valid, selection, gradient, left, nonzero)
+    return rows_left, by_block
 
 
 def _d_classifier(
@@ -87,14 +97,25 @@ def _d_classifier(
     valid: ValidTokens,
     selection: Selection,
     gradient: PairGradient,
-    tail_rows: Tensor,
+    left: tuple[Tensor, Tensor],
     nonzero: float,
 ) -> Tensor:
-    """Fill dC; returns how many rows are left for the exact sweep, as its caller."""
+    """Fill dC; returns how many rows are left, as its caller.
+
+    ``left`` are these of pairs that are not listed, and the tail's rows for dC.
+    """
+    unlisted_rows, tail_rows = left
     _, workspace, pairs, deferred, first_rows = selection
     most = min(NONZEROS_PER_TOKEN * len(valid.rows.rows), 2**31 - 1)
     nonzeros = list_nonzeros(
-        valid.rows.count, valid.tokens, pairs, gradient, workspace, most=most, nonzero=nonzero
+        valid.rows.count,
+        valid.tokens,
+        pairs,
+        gradient,
+        workspace,
+        unlisted_rows,
+        most=most,
+        nonzero=nonzero,
     )
     workspace.end(Step.NONZEROS)
     tokens = valid.limited_to(nonzeros.num_rows).tokens
@@ -117,7 +138,7 @@ def _d_classifier(
         workspace.end(step)
     if deferred is not None:
         deferred_rows(out, deferred, tokens, pairs)
-    return nonzeros.exact_rows
+    return nonzeros.rows_left
 
 
 def _product(column_mass: Tensor, classifier: Tensor) -> Tensor:

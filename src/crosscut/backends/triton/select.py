@@ -9,7 +9,9 @@ whatever the policy: ``p log p`` is large where p no longer is.
 on the device, and the host never waits (:mod:`crosscut.kernels.selected_pairs`). Each block of
 tokens has a budget for the mass that is left out. Where pairs do not fit the capacity, the softmax
 is too flat to leave much out, and every entry is computed: the exact sweep runs after all, decided
-on the device. Where it is not needed its kernels find nothing to do, some microseconds each.
+on the device. Where it is not needed its kernels find nothing to do, some microseconds each. With
+``PAIR_SWEEP`` (:mod:`crosscut.backends.column_filter`) another method comes before it, which
+computes the selected pairs chunk by chunk (:mod:`.pair_sweep`).
 
 **Memory.** What is needed before dC is written lies in rows of dC, if it is wanted and has them.
 :data:`LAST_STEP` says until when somebody reads each region.
@@ -27,6 +29,7 @@ from crosscut.backends.column_filter import (
     Capacity,
     block_tokens,
     capacity_for_pairs,
+    most_swept,
     most_tail,
 )
 from crosscut.backends.protocol import Cotangents, Gradients, HeadProblem, Needs, Statistics
@@ -36,6 +39,7 @@ from crosscut.device.tiles import Kernel, Tiles, choose_tiles
 from crosscut.device.workspace import Layout, Lender, Region, Workspace
 from crosscut.kernels.nonzero_matmul import nonzero_shapes
 from crosscut.kernels.pair_gradient import gradient_shapes
+from crosscut.kernels.pair_sweep import segment_classes
 from crosscut.kernels.selected_pairs import (
     CELL,
     Limits,
@@ -67,7 +71,6 @@ LAST_STEP = {
     "tail_mass": Step.FIRST_ROWS,
     "columns": Step.NONZEROS,
     "cell_start": Step.NONZEROS,
-    "tail": Step.TAIL,
     "count": Step.SELECT,
     "block_count": Step.SELECT,
     "chunk_tail": Step.SELECT,
@@ -107,6 +110,7 @@ class Plan(NamedTuple):
     paper: PaperFilter | None  # where the gradient is the paper's
     by_chunks: bool  # whether chunks are launched one by one
     parts: list[Part]  # of the exact sweep, if chunks are not
+    swept_parts: list[Part]  # of the sweep over selected pairs, if there is one
 
 
 def select(
@@ -116,14 +120,18 @@ def select(
     out = _empty_gradients(problem, needs)
     valid = side_by_side(problem, statistics, cotangents, multiple=block_tokens(problem))
     selection = paper = None
+    swept_parts: list[Part] = []
     if cotangents.entropy is None:
         paper = problem.options.paper_filter
         if len(statistics.saved.column_mass):
             selection = _select_pairs(problem, statistics, valid, out.classifier)
+            if most_swept():
+                segment = segment_classes(problem.hidden.device)
+                swept_parts = plan_parts(problem, out.classifier, multiple=segment)
     # The exact sweep makes the sums over tokens, of a bias, with dC.
     by_chunks = paper is not None or (out.bias is not None and out.classifier is None)
     parts = [] if by_chunks else plan_parts(problem, out.classifier)
-    return Plan(out, valid, selection, paper, by_chunks, parts)
+    return Plan(out, valid, selection, paper, by_chunks, parts, swept_parts)
 
 
 def _empty_gradients(problem: HeadProblem, needs: Needs) -> Gradients:
@@ -146,7 +154,9 @@ def _select_pairs(
     capacity = capacity_for_pairs(problem, lends=d_classifier is not None)
     layout = plan_workspace(problem, column_mass, capacity, tiles, d_classifier)
     workspace = Workspace(layout, problem.hidden.device, d_classifier)
-    limits = Limits(most_tail(problem), capacity.hot, capacity.lent_from, capacity.deferred)
+    limits = Limits(
+        most_tail(problem), capacity.hot, capacity.lent_from, capacity.deferred, most_swept()
+    )
     pairs = select_pairs(
         column_mass, valid.tokens, workspace, limits,
         block_n=tiles.block_n, block_slots=tiles.block_v,
