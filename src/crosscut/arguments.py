@@ -13,6 +13,15 @@ from torch.autograd import forward_ad
 from crosscut import backends, ops, tokens
 from crosscut.backends.protocol import HeadProblem, Statistics
 from crosscut.options import HeadOptions, check_integer, check_positive, check_shift
+from crosscut.parallel.agreement import LocalHead, ParallelProblem, agree
+from crosscut.parallel.operator import token_statistics as parallel_statistics
+from crosscut.parallel.placement import (
+    Vocabulary,
+    local_classes,
+    local_tokens,
+    spread_of_tokens,
+    vocabulary_of,
+)
 
 
 class Names(NamedTuple):
@@ -49,29 +58,25 @@ def head_problem(
         several: whether target may also be [..., K].
         names: of the tensors.
     """
-    hidden, classifier, target, bias = tensors
     backends.check_name(options.backend)
     ignore_index, shift = check_integer("ignore_index", ignore_index), check_shift(shift)
-    given = {names.hidden: hidden, names.classifier: classifier, names.target: target}
-    if bias is not None:
-        given[names.bias] = bias
-    if isinstance(scale, Tensor):
-        given[names.scale] = scale
-    check_tensors(given)
-    _check_shapes(hidden, classifier, target, bias, several=several, names=names)
-    if shift and hidden.dim() == 1:
-        raise ValueError(f"shift={shift} needs a sequence: target must have at least 1 dimension")
-    if isinstance(scale, Tensor):
-        hidden = _scaled(hidden, scale, names)
-    hidden, classifier = _autocast(hidden), _autocast(classifier)
-    bias = None if bias is None else _autocast(bias)
-    _check_dtypes(hidden, classifier, target, bias, names)
+    vocabulary = vocabulary_of(tensors[1])
 
-    num_classes = classifier.shape[0]
+    def checked() -> LocalHead:
+        local = tensors if vocabulary is None else _local(tensors, vocabulary, names)
+        return _checked_head(
+            local, scale, shift, several=several, in_shards=vocabulary is not None, names=names
+        )
+
+    if vocabulary is None:
+        (hidden, classifier, target, bias), shard = checked(), None
+    else:
+        (hidden, classifier, target, bias), shard = agree(vocabulary.group, checked, options)
+    num_classes = len(classifier) if shard is None else shard.total
     hidden, labels = tokens.flatten(
         hidden, target, num_classes, ignore_index=ignore_index, shift=shift
     )
-    return HeadProblem(
+    problem = HeadProblem(
         hidden=hidden,
         classifier=classifier,
         bias=bias,
@@ -79,6 +84,54 @@ def head_problem(
         logit_weight=None,
         options=options,
     )
+    if vocabulary is None or shard is None:
+        return problem
+    return ParallelProblem(**vars(problem), shard=shard, group=vocabulary.group)
+
+
+def _local(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None], vocabulary: Vocabulary, names: Names
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What of a head that spans devices is here."""
+    hidden, classifier, target, bias = tensors
+    spread = spread_of_tokens(hidden, vocabulary)
+    return (
+        local_tokens(hidden, spread),
+        local_classes(classifier, names.classifier, vocabulary, spread),
+        target,
+        None if bias is None else local_classes(bias, names.bias, vocabulary, spread),
+    )
+
+
+def _checked_head(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    scale: Tensor | float,
+    shift: int,
+    *,
+    several: bool,
+    in_shards: bool,
+    names: Names,
+) -> LocalHead:
+    """Plain tensors that fit together, in autocast's dtype."""
+    hidden, classifier, target, bias = tensors
+    given = {names.hidden: hidden, names.classifier: classifier, names.target: target}
+    if bias is not None:
+        given[names.bias] = bias
+    if isinstance(scale, Tensor):
+        given[names.scale] = scale
+    check_tensors(given)
+    _check_shapes(
+        hidden, classifier, target, bias,
+        several=several, may_be_empty=in_shards, names=names,
+    )  # fmt: skip
+    if shift and hidden.dim() == 1:
+        raise ValueError(f"shift={shift} needs a sequence: target must have at least 1 dimension")
+    if isinstance(scale, Tensor):
+        hidden = _scaled(hidden, scale, names)
+    hidden, classifier = _autocast(hidden), _autocast(classifier)
+    bias = None if bias is None else _autocast(bias)
+    _check_dtypes(hidden, classifier, target, bias, names)
+    return LocalHead(hidden, classifier, target, bias)
 
 
 def check_tensors(named: dict[str, Any]) -> None:
@@ -120,6 +173,8 @@ def take_statistics(
 ) -> Statistics:
     """The statistics. Where a target is out of range, the error says which."""
     try:
+        if isinstance(problem, ParallelProblem):
+            return parallel_statistics(problem, for_backward=for_backward)
         return ops.token_statistics(problem, for_backward=for_backward)
     except IndexError:
         raise out_of_range(problem, target, ignore_index, shift, name) from None
@@ -129,7 +184,7 @@ def out_of_range(
     problem: HeadProblem, target: Tensor, ignore_index: int, shift: int, name: str = "target"
 ) -> IndexError:
     """The error of the first target that is no class; there must be one."""
-    num_classes = len(problem.classifier)
+    num_classes = problem.total_classes
     wrong = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
     if shift:  # the first ones may be anything
         wrong.narrow(target.dim() - problem.labels.dim(), 0, shift).fill_(False)
@@ -243,13 +298,14 @@ def _check_shapes(
     bias: Tensor | None,
     *,
     several: bool,
+    may_be_empty: bool,
     names: Names,
 ) -> None:
     if hidden.dim() == 0:
         raise ValueError(f"{names.hidden} must have shape [..., D], got a scalar")
     if classifier.dim() != 2:
         raise ValueError(f"{names.classifier} must have shape [V, D], got {list(classifier.shape)}")
-    if 0 in classifier.shape:
+    if 0 in classifier.shape and not may_be_empty:
         raise ValueError(
             f"{names.classifier} must have a class and a hidden dimension, "
             f"got {list(classifier.shape)}"

@@ -86,7 +86,7 @@ class DifferentiableOperator(Generic[Call, Found, Cotangents]):
         return self._out.record(self._operator(*self._in.values(record)))
 
     def _run(self, *values: Any) -> tuple[Tensor, ...]:
-        with _no_autocast(values[0]):
+        with no_autocast(values[0]):
             return self._out.values(self._forward(self._in.record(values)))
 
     def _fake(self, *values: Any) -> tuple[Tensor, ...]:
@@ -99,7 +99,7 @@ class DifferentiableOperator(Generic[Call, Found, Cotangents]):
             for place, grad in zip(self._given, grads, strict=True)
         )
         call, found = self._in.record(values), self._out.record(tensors)
-        with _no_autocast(values[0]):
+        with no_autocast(values[0]):
             gradients = self._of(call, found, self._cotangents(*grads), Needs(*needs))
         return tuple(values[0].new_empty(0) if grad is None else grad for grad in gradients)
 
@@ -139,7 +139,8 @@ class DifferentiableOperator(Generic[Call, Found, Cotangents]):
         )
 
 
-def _no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Outside of autocast on the tensor's device."""
     device = tensor.device.type
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)

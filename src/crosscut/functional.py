@@ -22,6 +22,7 @@ from crosscut.arguments import (
 from crosscut.backends import Explanation
 from crosscut.backends.protocol import HeadProblem, Statistics
 from crosscut.options import GradientPolicy, HeadOptions, LossOptions, Reduction, check_flag
+from crosscut.parallel.placement import local_target
 from crosscut.statistics import TokenStatistics
 
 
@@ -55,7 +56,9 @@ def linear_cross_entropy(
 
     Args:
         input: hidden states ``[..., D]`` of any float dtype.
-        linear_weight: the head's weight ``[V, D]``, of the same dtype.
+        linear_weight: the head's weight ``[V, D]``, of the same dtype. Where its classes are spread
+            over processes, a ``DTensor`` with placement ``Shard(0)``, or what
+            :func:`crosscut.parallel.vocab_shard` makes of a plain tensor; see docs/parallel.md.
         target: classes in ``[0, V)`` or ``ignore_index``, integer ``[...]``.
         linear_bias: the head's bias ``[V]``, of the same dtype.
         weight: class weights ``[V]``, as in :class:`torch.nn.CrossEntropyLoss`.
@@ -98,6 +101,7 @@ def linear_cross_entropy(
     Note:
         Gradients come in the inputs' dtypes. Differentiating them again raises RuntimeError.
     """
+    target = local_target(target, linear_weight)
     call = _loss_call(
         (input, linear_weight, target, linear_bias, logit_scale),
         LossOptions(
@@ -169,6 +173,7 @@ def token_statistics(
     Returns:
         Float32 (float64 for float64 inputs); 0, without gradient, where the target is ignored.
     """
+    target = local_target(target, linear_weight)
     scale = number_of_scale(logit_scale)
     options = HeadOptions(softcap=softcap, logit_scale=scale, policy=policy, backend=backend)
     problem = head_problem(
@@ -198,7 +203,7 @@ def token_statistics(
         log_prob=shaped(found.log_prob),
         entropy=shaped(found.entropy) if entropy else None,
         argmax=shaped(found.argmax, -1) if ranks else None,
-        target_rank=shaped(found.target_rank, len(linear_weight)) if ranks else None,
+        target_rank=shaped(found.target_rank, problem.total_classes) if ranks else None,
     )
 
 
@@ -229,6 +234,7 @@ def linear_log_probs(
         Nats in the shape of ``target``, float32 (float64 for float64 inputs); 0, without
         gradient, where the target is ignored.
     """
+    target = local_target(target, linear_weight)
     scale = number_of_scale(logit_scale)
     options = HeadOptions(softcap=softcap, logit_scale=scale, policy=policy, backend=backend)
     problem = head_problem(
@@ -244,7 +250,7 @@ def linear_log_probs(
         problem, target, ignore_index, shift, for_backward=wants_gradient(problem)
     )
     log_prob = log_probs_of(problem, found)
-    return tokens.unflatten(log_prob, input.shape[:-1], shift=shift)
+    return tokens.unflatten(log_prob, target.shape[: input.dim() - 1], shift=shift)
 
 
 def log_probs_of(problem: HeadProblem, found: Statistics) -> Tensor:
@@ -284,6 +290,7 @@ def gradient_sparsity(
     Arguments and errors are those of :func:`linear_cross_entropy`. The paper's ``"cce"`` policies
     decide in the backward: for them, ValueError.
     """
+    target = local_target(target, linear_weight)
     scale = number_of_scale(logit_scale)
     options = HeadOptions(softcap=softcap, logit_scale=scale, policy=policy, backend=backend)
     if options.paper_filter is not None:
@@ -397,7 +404,7 @@ def _loss_call(
     problem = head_problem(
         tensors[:4], options, options.ignore_index, options.shift, scale=scale, several=several
     )
-    dtype, num_classes = problem.statistics_dtype, len(problem.classifier)
+    dtype, num_classes = problem.statistics_dtype, problem.total_classes
     weight, token_weight, normalizer = weights
     if weight is not None:
         weight = _checked_class_weight(weight, problem)
@@ -408,7 +415,7 @@ def _loss_call(
     if options.label_smoothing:
         ones = problem.classifier.new_ones(num_classes, dtype=dtype)
         smoothing_weight = (ones if weight is None else weight) / num_classes
-        problem = replace(problem, logit_weight=smoothing_weight)
+        problem = problem.with_logit_weight(smoothing_weight)
     return _LossCall(
         problem=problem,
         options=options,
@@ -429,7 +436,7 @@ def _check_torch_options(options: Any) -> None:
 
 def _checked_class_weight(weight: Tensor, problem: HeadProblem) -> Tensor:
     """Class weights [V] in the dtype of the statistics."""
-    num_classes = problem.classifier.shape[0]
+    num_classes = problem.total_classes
     check_tensors({"input": problem.hidden, "weight": weight})
     if weight.shape != (num_classes,):
         raise ValueError(

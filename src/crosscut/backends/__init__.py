@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from crosscut.backends.blocks import BlocksBackend
-from crosscut.backends.protocol import DECLARED, Backend, DistillationProblem, HeadProblem
+from crosscut.backends.protocol import DECLARED, WHOLE, Backend, DistillationProblem, HeadProblem
 from crosscut.backends.triton import TritonBackend
 
 _BACKENDS: tuple[Backend, ...] = (TritonBackend(), BlocksBackend())  # in order of preference
@@ -38,7 +38,7 @@ class Explanation:
 def explain(problem: HeadProblem) -> Explanation:
     """Ask every backend."""
     verdicts = {
-        backend.name: _not_computed(backend, problem) or backend.unsupported_reason(problem)
+        backend.name: _not_served(backend, problem) or backend.unsupported_reason(problem)
         for backend in _BACKENDS
     }
     return _explanation(problem.options.backend, verdicts)
@@ -70,8 +70,10 @@ def choose_for_distillation(problem: DistillationProblem) -> Backend:
     return _chosen(problem.student.options.backend, explain_distillation(problem))
 
 
-def _not_computed(backend: Backend, problem: HeadProblem) -> str | None:
-    """Which statistics that the problem asks for a backend lacks."""
+def _not_served(backend: Backend, problem: HeadProblem) -> str | None:
+    """What of a problem is none of what the backend declares."""
+    if problem.shard != WHOLE and not backend.shards:
+        return "serves no shard of a vocabulary"
     lacking = [
         name
         for name, statistic in DECLARED.items()

@@ -7,7 +7,7 @@ losses, reductions or batch shapes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, NamedTuple, Protocol, get_type_hints
 
 import torch
@@ -91,6 +91,21 @@ class HeadProblem:
         return self.shard.total or len(self.classifier)
 
     @property
+    def total_logit_weight(self) -> Tensor:
+        """The sum of the weights of the logit sum over the whole vocabulary."""
+        assert self.logit_weight is not None
+        return self.logit_weight.sum()
+
+    def with_logit_weight(self, weight: Tensor) -> HeadProblem:
+        """The problem with a logit sum, given the weights of the whole vocabulary."""
+        return replace(self, logit_weight=weight)
+
+    @property
+    def d_hidden_dtype(self) -> torch.dtype:
+        """That of the gradient of ``hidden``: of a shard, of which it is a part, not rounded."""
+        return self.hidden.dtype if self.shard == WHOLE else self.statistics_dtype
+
+    @property
     def statistics_dtype(self) -> torch.dtype:
         """Dtype of every statistic: float32, or float64 for float64 inputs."""
         return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
@@ -98,9 +113,24 @@ class HeadProblem:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardProblem(HeadProblem):
-    """One rank's part of a call whose vocabulary is spread over several."""
+    """One rank's part of a call whose vocabulary is spread over several.
+
+    Attributes:
+        shard: which classes are here.
+        whole_logit_weight: of the whole vocabulary; None as ``logit_weight``.
+    """
 
     shard: VocabShard
+    whole_logit_weight: Tensor | None = None
+
+    @property
+    def total_logit_weight(self) -> Tensor:
+        assert self.whole_logit_weight is not None
+        return self.whole_logit_weight.sum()
+
+    def with_logit_weight(self, weight: Tensor) -> ShardProblem:
+        here = weight.narrow(0, self.shard.start, len(self.classifier))
+        return replace(self, logit_weight=here, whole_logit_weight=weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +319,7 @@ def row_cotangents(
 
     d_lse = zeros if cotangents.lse is None else cotangents.lse
     if cotangents.logit_sum is not None and problem.logit_weight is not None:
-        d_lse = d_lse - cotangents.logit_sum * problem.logit_weight.sum()
+        d_lse = d_lse - cotangents.logit_sum * problem.total_logit_weight
     d_target, d_log_prob = of_targets(cotangents.target_logit), of_targets(cotangents.log_prob)
     is_own = labels == own[:, None]
     log_prob = own_log_prob(problem.labels, own, statistics.log_prob)
@@ -337,6 +367,7 @@ class Backend(Protocol):
 
     name: str
     computes: frozenset[str]  # the names of the statistics it has
+    shards: bool  # whether a vocabulary may be spread over processes
 
     def unsupported_reason(self, problem: HeadProblem) -> str | None:
         """Why this backend cannot serve the problem, or None if it can.

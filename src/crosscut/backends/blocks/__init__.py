@@ -18,6 +18,7 @@ from crosscut.backends.blocks.tile_filter import tile_filtered_backward
 from crosscut.backends.column_filter import column_blocks, filters_blocks, sparsity_of_blocks
 from crosscut.backends.protocol import (
     DECLARED,
+    WHOLE,
     Cotangents,
     DistillationProblem,
     DivergenceCotangents,
@@ -38,12 +39,15 @@ class BlocksBackend:
 
     name = "blocks"
     computes = frozenset(DECLARED)
+    shards = True
 
     def unsupported_reason(self, problem: HeadProblem) -> str | None:
         if problem.hidden.dtype not in _DTYPES:
             return f"needs bfloat16, float16, float32 or float64, got {problem.hidden.dtype}"
         if problem.labels.dim() > 1 and problem.options.paper_filter is not None:
             return f"serves one target a token under policy {problem.options.policy!r}"
+        if problem.shard != WHOLE and problem.options.paper_filter is not None:
+            return f"serves no shard of a vocabulary under policy {problem.options.policy!r}"
         return None
 
     def forward(self, problem: HeadProblem, *, for_backward: bool) -> Statistics:

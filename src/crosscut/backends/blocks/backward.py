@@ -49,6 +49,7 @@ from crosscut.backends.blocks.logits import (
 )
 from crosscut.backends.column_filter import BLOCK_N, SELECTED
 from crosscut.backends.protocol import (
+    WHOLE,
     Cotangents,
     Gradients,
     HeadProblem,
@@ -79,11 +80,12 @@ class SelectedTokens:
 
     rows: Tensor  # into [N]
     hidden: Tensor  # [n, D]
-    labels: Tensor  # [P] the labels of all, each once a token; ascending in ``owners``
+    labels: Tensor  # [P] the places of all labels here, each once a token; ascending in ``owners``
     owners: Tensor  # [P] whose label it is, into [n]
     is_own: Tensor  # [P] whether it is the token's own class
     d_target: Tensor  # [P] all of dz but the logit sum at the own class, what is added elsewhere
     dz_label: Tensor  # [P] dz at the label, once its class was visited
+    one_each: bool  # whether each token has one label that is here
     lse: Tensor
     lse_compensation: Tensor
     center: Tensor | None  # the dot product at which a dense sweep in low precision rounds least
@@ -97,7 +99,7 @@ class SelectedTokens:
 
     def labels_of(self, part: slice) -> slice:
         """Where the labels of some tokens are in the vectors [P]."""
-        if len(self.labels) == len(self.rows):  # one each
+        if self.one_each:
             return part
         bounds = self.owners.new_tensor([part.start or 0, part.stop or len(self.rows)])
         first, last = torch.searchsorted(self.owners, bounds).tolist()
@@ -129,6 +131,7 @@ def select(problem: HeadProblem, statistics: Statistics, cotangents: Cotangents)
 
     of_rows = row_cotangents(problem, statistics, cotangents)
     own = own_labels(problem.labels, statistics.target_logit)
+    own_place = own - problem.shard.start
     log_prob = own_log_prob(problem.labels, own, statistics.log_prob)
 
     def group(rows: Tensor, column_mass: Tensor | None) -> SelectedTokens:
@@ -138,6 +141,12 @@ def select(problem: HeadProblem, statistics: Statistics, cotangents: Cotangents)
             d_own[:, None] if d_targets is None else d_targets[rows],
         )
         is_own = labels == own[rows][owners]
+        if problem.shard != WHOLE:
+            places = labels - problem.shard.start
+            here = (places >= 0) & (places < len(problem.classifier))
+            owners, d_target, is_own = owners[here], d_target[here], is_own[here]
+            labels = places[here]
+        one_each = len(labels) == len(rows) and problem.labels.dim() == 1
         lse, rest = statistics.lse[rows], -log_prob[rows].expm1()
         lse_compensation = statistics.saved.lse_compensation[rows]
         sparse = column_mass is not None
@@ -145,7 +154,7 @@ def select(problem: HeadProblem, statistics: Statistics, cotangents: Cotangents)
         if survey is not None and not sparse:
             others = torch.where(rest > 0, lse + rest.log(), lse)
             parts = list(_parts(len(rows)))
-            seen = [survey.look(hidden[part], own[rows[part]]) for part in parts]
+            seen = [survey.look(hidden[part], own_place[rows[part]]) for part in parts]
             center = torch.cat(
                 [
                     survey.center(*of_part)
@@ -161,6 +170,7 @@ def select(problem: HeadProblem, statistics: Statistics, cotangents: Cotangents)
             is_own=is_own,
             d_target=torch.where(is_own, d_own[owners], d_target),
             dz_label=torch.zeros_like(d_target),
+            one_each=one_each,
             lse=lse,
             lse_compensation=lse_compensation,
             center=center,
@@ -256,7 +266,9 @@ class _Projection:
         """What the visits came to."""
         d_hidden = None
         if self.needs.hidden:
-            d_hidden = self.problem.hidden.new_zeros(self.problem.hidden.shape)
+            d_hidden = self.problem.hidden.new_zeros(
+                self.problem.hidden.shape, dtype=self.problem.d_hidden_dtype
+            )
             self.low_rank.add_to_d_hidden()
             for tokens in self.groups:
                 for part in _parts(len(tokens.labels)):

@@ -33,7 +33,8 @@ drop. Where more than half of the columns would be selected, all are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,9 +80,22 @@ def compute_statistics(problem: HeadProblem, *, filter_columns: bool) -> Statist
     return combine(running)
 
 
-def probe(problem: HeadProblem, *, filter_columns: bool) -> RunningStatistics:
-    """What is known before the sweep: target logits, where a token's logits are, probe classes."""
-    running = RunningStatistics(problem, problem.rows, filter_columns=filter_columns)
+def probe(
+    problem: HeadProblem,
+    *,
+    filter_columns: bool,
+    sum_over_shards: Callable[[Tensor], Tensor] | None = None,
+) -> RunningStatistics:
+    """What is known before the sweep: target logits, where a token's logits are, probe classes.
+
+    Args:
+        problem: a head, or a shard of one.
+        filter_columns: whether a backward is to leave out columns.
+        sum_over_shards: adds up target logits, 0 where a target is not here; None: all are here.
+    """
+    running = RunningStatistics(
+        problem, problem.rows, filter_columns=filter_columns, sum_over_shards=sum_over_shards
+    )
     if len(running.rows):
         running.take_survey()
         running.visit_probes()
@@ -92,6 +106,19 @@ def sweep(running: RunningStatistics) -> None:
     """All other classes."""
     for start in range(0, running.num_classes if len(running.rows) else 0, BLOCK_V):
         running.visit(start)
+    running.add_infinite_logits()
+
+
+class Part(NamedTuple):
+    """What one shard's sweep comes to, [R] each; :meth:`RunningStatistics.join` wants them all."""
+
+    high: Tensor  # log-sum-exp of the others that are here, the two parts of it
+    low: Tensor
+    gap: Tensor
+    logit_sum: Tensor
+    target_rank: Tensor
+    best_logit: Tensor
+    best_class: Tensor  # of the whole vocabulary
 
 
 def combine(running: RunningStatistics) -> Statistics:
@@ -128,11 +155,21 @@ def combine(running: RunningStatistics) -> Statistics:
 class RunningStatistics:
     """Statistics of the classes visited so far. Vectors are [R], for the R valid rows."""
 
-    def __init__(self, problem: HeadProblem, rows: Tensor, *, filter_columns: bool) -> None:
+    def __init__(
+        self,
+        problem: HeadProblem,
+        rows: Tensor,
+        *,
+        filter_columns: bool,
+        sum_over_shards: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.problem, self.rows = problem, rows
         self.logits = LogitBlocks(problem)
         self.num_classes = problem.classifier.shape[0]
         self.labels = as_matrix(problem.labels[rows])  # [R, K], some of them -1
+        self.places = as_matrix(problem.places[rows])  # the same among the classes that are here
+        here = (self.labels >= 0) & (self.places >= 0) & (self.places < self.num_classes)
+        self.here = here  # [R, K]
         self.token_blocks = rows.split(BLOCK_N) if len(rows) else ()
 
         zeros = torch.zeros(rows.shape, dtype=self.logits.dtype, device=rows.device)
@@ -142,7 +179,10 @@ class RunningStatistics:
         self.sloped = LogSum.of_nothing(self.others.high) if capped else self.others
         self.gap = zeros.to(self.logits.wide)  # others less the mean logit of the others
         self.target_logit = self._indexed_matmul()  # [R, K]
+        if sum_over_shards is not None:
+            self.target_logit = sum_over_shards(self.target_logit)
         self.own = own_labels(self.labels, self.target_logit)  # [R]
+        self.own_place = self.own - problem.shard.start
         own_logit = torch.where(self.labels == self.own[:, None], self.target_logit, -math.inf)
         self.own_logit = own_logit.amax(1)
         self.own_sum = LogSum(self.own_logit, torch.zeros_like(self.own_logit))
@@ -168,14 +208,13 @@ class RunningStatistics:
         most = min(MAX_PROBES, self.num_classes // 16)
         if self.logits.consistent and self.logits.fast == self.logits.dtype:
             most = 0  # no better than the others, and not the same to the last bit
-        self.probes = _most_frequent(self.labels[self.labels >= 0], most)  # sorted
+        self.probes = _most_frequent(self.places[here], most)  # sorted
         blocks = column_blocks(problem.labels.shape[0]) if filter_columns else 0
         self.column_mass = zeros.new_zeros(blocks, self.num_classes)
         self.column_mass[:, self.probes] = SELECTED
         if filter_columns:
             for index, part, _ in self._tokens():
-                labels = self.labels[part]
-                self.column_mass[index, labels[labels >= 0]] = SELECTED
+                self.column_mass[index, self.places[part][here[part]]] = SELECTED
         self.log_tail: list[Tensor] = []  # of each block of classes, [R]
 
     def take_survey(self) -> None:
@@ -183,7 +222,7 @@ class RunningStatistics:
         if self.survey is None:
             return
         for _, part, hidden in self._tokens():
-            found = self.survey.look(hidden, self.own[part])
+            found = self.survey.look(hidden, self.own_place[part])
             for values, of_part in zip(self.seen, found, strict=True):
                 values[part] = of_part
             lse = found[1]
@@ -234,7 +273,8 @@ class RunningStatistics:
             block @ (reference - total).exp().to(block)
             for total in (self.sloped.at(part).value(), lse)
         )  # [BLOCK_V], the sums of r and of p
-        threshold = block.shape[1] * min(DROP_BELOW, MAX_TAIL_MASS / self.num_classes)
+        most = min(DROP_BELOW, MAX_TAIL_MASS / self.problem.total_classes)
+        threshold = block.shape[1] * most
         column_mass = self.column_mass[index, classes]
         dropped = (of_others < threshold) & (column_mass != SELECTED)  # a NaN is selected
         column_mass.copy_(torch.where(dropped, mass, SELECTED))
@@ -261,6 +301,46 @@ class RunningStatistics:
                 block.copy_(torch.where(dropped, block * factor, SELECTED))
         return tail_mass
 
+    def add_infinite_logits(self) -> None:
+        """To the logit sum, which nothing can be relative to them."""
+        if self.weight is None or not self.num_classes:
+            return
+        mine = (self.here & (self.labels == self.own[:, None])).any(1)
+        of_own = self.weight[torch.where(mine, self.own_place, 0)] * self.own_logit
+        self.logit_sum += torch.where(mine & ~self.own_logit.isfinite(), of_own, 0)
+
+    def part(self) -> Part:
+        """What the classes that are here come to."""
+        return Part(
+            self.others.high,
+            self.others.low,
+            self.gap,
+            self.logit_sum,
+            self.target_rank,
+            self.best_logit,
+            self.best_class + self.problem.shard.start,
+        )
+
+    def join(self, parts: Sequence[Part]) -> None:
+        """Make these the statistics of the whole vocabulary, given the parts of all its shards.
+
+        Args:
+            parts: by ascending class.
+        """
+        first, *rest = parts
+        self.others, self.gap = LogSum(first.high, first.low), first.gap
+        self.logit_sum, self.target_rank = first.logit_sum, first.target_rank
+        self.best_logit, self.best_class = first.best_logit, first.best_class
+        for part in rest:
+            of_part = LogSum(part.high, part.low)
+            self.gap = _joint_gap(self.others, self.gap, of_part, part.gap)
+            self.others = self.others.plus(of_part)
+            self.logit_sum = self.logit_sum + part.logit_sum
+            self.target_rank = self.target_rank + part.target_rank
+            better = part.best_logit > self.best_logit
+            self.best_logit = torch.where(better, part.best_logit, self.best_logit)
+            self.best_class = torch.where(better, part.best_class, self.best_class)
+
     def lse(self) -> LogSum:
         """The log-sum-exp of each row [R]."""
         return self.others.plus(self.own_sum)
@@ -276,13 +356,11 @@ class RunningStatistics:
 
     def finish_logit_sum(self) -> Tensor:
         """``sum_v weight[v] * (z[n, v] - lse[n])`` of each row [R]."""
-        assert self.weight is not None
         lse, known = self.lse(), self.own_logit.isfinite()
         own_log_prob = F.logsigmoid(self.own_sum.minus(self.others))
         own_log_prob += lse.value() - lse.value()
         start = torch.where(known, own_log_prob, -lse.value())
-        of_own = self.weight[self.own] * self.own_logit
-        return self.logit_sum + self.weight.sum() * start + torch.where(known, 0, of_own)
+        return self.logit_sum + self.problem.total_logit_weight * start
 
     def finish_entropy(self) -> Tensor:
         """``-sum_v p log p`` of each row [R]: of being one's own class or not, and of which other.
@@ -308,14 +386,16 @@ class RunningStatistics:
     def _indexed_matmul(self) -> Tensor:
         """Algorithm 1: each hidden state times the classifier rows of its labels, [R, K]."""
         target_logit = torch.zeros_like(self.labels, dtype=self.logits.wide)
+        if not self.num_classes:
+            return target_logit
         for _, part, hidden in self._tokens():
             # A loss may be far smaller than the two numbers it is the difference of.
             wide = hidden.to(self.logits.wide)
-            for k, labels in enumerate(self.labels[part].clamp_min(0).t()):
-                products = (wide * self.problem.classifier[labels]).sum(1)
-                bias = None if self.problem.bias is None else self.problem.bias[labels]
+            for k, places in enumerate(torch.where(self.here, self.places, 0)[part].t()):
+                products = (wide * self.problem.classifier[places]).sum(1)
+                bias = None if self.problem.bias is None else self.problem.bias[places]
                 target_logit[part, k] = self.logits.activate(products, bias)[0]
-        return target_logit.masked_fill_(self.labels < 0, 0)
+        return target_logit.masked_fill_(~self.here, 0)
 
     def _reduce(
         self, classes: slice | Tensor, classifier: Tensor, hidden: Tensor, part: slice, seen: Tensor
@@ -338,7 +418,7 @@ class RunningStatistics:
             classifier, bias, hidden, None if full else reference, center,
             sloped=self.filter_columns,
         )  # fmt: skip
-        own = find_labels(classes, len(block), self.own[part])
+        own = find_labels(classes, len(block), self.own_place[part])
         if full:
             of_own = block[own]
             block[own] = -math.inf
@@ -367,13 +447,13 @@ class RunningStatistics:
 
     def _rank(self, classes: slice | Tensor, block: Tensor, reference: Tensor, part: slice) -> None:
         """Count the classes of a block ahead of the target, and find the best of them."""
-        labels = self.labels[part, 0]
+        places = self.places[part, 0]
         target = self.target_logit[part, 0].to(reference) - reference
         if isinstance(classes, slice):
             index = torch.arange(classes.start, classes.start + len(block), device=block.device)
         else:
             index = classes
-        ahead = (block == target).logical_and_(index[:, None] < labels).logical_or_(block > target)
+        ahead = (block == target).logical_and_(index[:, None] < places).logical_or_(block > target)
         self.target_rank[part] += ahead.sum(0)
         highest, row = block.max(0)
         logit, best = highest.to(self.best_logit) + reference, self.best_logit[part]
@@ -442,16 +522,21 @@ class RunningStatistics:
         sums = sums.to(self.gap)
         block_lse, before = LogSum(reference.to(sums), sums.log()), self.others.at(part)
         if weighted is not None:
-            log_odds, gap = block_lse.minus(before), self.gap[part]
-            log_share, log_rest = F.logsigmoid(log_odds), F.logsigmoid(-log_odds)
             block_gap = sums.log() - weighted / sums
-            new = log_share.exp() * (block_gap - log_share) + log_rest.exp() * (gap - log_rest)
-            new = torch.where(log_odds == math.inf, block_gap, new)  # the first block
-            self.gap[part] = torch.where(sums > 0, new, gap)
+            self.gap[part] = _joint_gap(before, self.gap[part], block_lse, block_gap)
         self.others.put(part, before.plus(block_lse))
         others = self.others.at(part).value()
         finite = others.isfinite()
         self.reference[part] = torch.where(finite, others.to(reference), self.reference[part])
+
+
+def _joint_gap(some: LogSum, gap: Tensor, more: LogSum, gap_of_more: Tensor) -> Tensor:
+    """Log-sum-exp less the mean logit, of two sets of classes together; both may be empty."""
+    log_odds = more.minus(some)
+    log_share, log_rest = F.logsigmoid(log_odds), F.logsigmoid(-log_odds)
+    joint = log_share.exp() * (gap_of_more - log_share) + log_rest.exp() * (gap - log_rest)
+    joint = torch.where(log_odds == math.inf, gap_of_more, joint)  # the first ones
+    return torch.where(more.low > -math.inf, joint, gap)
 
 
 def _most_frequent(labels: Tensor, most: int) -> Tensor:

@@ -68,7 +68,7 @@ def _finite_range(bias: Tensor) -> tuple[float, float]:
 
 def check_labels(problem: HeadProblem) -> None:
     """Raise for a label out of range, where looking costs no synchronisation."""
-    labels, num_classes = problem.labels, problem.classifier.shape[0]
+    labels, num_classes = problem.labels, problem.total_classes
     if labels.device.type == "cpu" and labels.numel() and labels.max() >= num_classes:
         raise IndexError(
             f"target has a class out of range: classes must be in [0, {num_classes}), "
@@ -186,7 +186,7 @@ class LogitBlocks:
     def __init__(self, problem: HeadProblem, least: torch.dtype = torch.float32) -> None:
         self.dtype = torch.promote_types(problem.statistics_dtype, least)
         self.fast = matmul_dtype(problem.hidden.dtype, problem.hidden.device)
-        if problem.ranks:  # of logits that are equal, or nearly
+        if problem.ranks or not len(problem.classifier):  # of logits that are equal, or nearly
             self.fast = self.dtype
         self.consistent = not filters_blocks(problem)
         self.wide = self.dtype if problem.hidden.device.type == "mps" else torch.float64

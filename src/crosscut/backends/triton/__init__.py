@@ -43,6 +43,7 @@ class TritonBackend:
     computes = frozenset(
         {"lse", "target_logit", "log_prob", "logit_sum", "entropy", "argmax", "target_rank"}
     )
+    shards = False
 
     def unsupported_reason(self, problem: HeadProblem) -> str | None:
         device = problem.hidden.device

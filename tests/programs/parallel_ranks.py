@@ -1,0 +1,123 @@
+"""Run cases of tests/test_parallel.py on the ranks of a process group. Under torchrun.
+
+Arguments: a file of cases, by name, and a folder for what each rank finds.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import crosscut
+from crosscut.parallel import vocab_shard
+
+
+def run(case: dict[str, Any]) -> dict[str, Tensor]:
+    """What the function returns, and gradients; with [rank] in its name what is this rank's."""
+    rank = dist.get_rank()
+    bounds = [0, *accumulate(case["sizes"])]
+    here = slice(bounds[rank], bounds[rank + 1])
+    head, options = case["head"], case["options"]
+    bias, mesh = head.linear_bias, init_device_mesh("cpu", (dist.get_world_size(),))
+    leaves: dict[str, Tensor] = {}
+    if case["how"] == "shards":
+        group = dist.group.WORLD
+        assert group is not None
+        leaves["input"] = head.input.clone().requires_grad_()
+        leaves["weight"] = head.linear_weight[here].clone().requires_grad_()
+        weight = vocab_shard(leaves["weight"], group)
+        if bias is not None:
+            leaves["bias"] = bias[here].clone().requires_grad_()
+            bias = leaves["bias"]
+    else:
+        tokens = Shard(0) if case["how"] == "sequence" else Replicate()
+        leaves["input"] = distribute_tensor(head.input, mesh, [tokens]).requires_grad_()
+        leaves["weight"] = weight = distribute_tensor(
+            head.linear_weight, mesh, [Shard(0)]
+        ).requires_grad_()
+        if bias is not None:
+            leaves["bias"] = bias = distribute_tensor(bias, mesh, [Shard(0)]).requires_grad_()
+    function = getattr(crosscut, case["function"])
+    found = function(leaves["input"], weight, head.target, linear_bias=bias, **options)
+    named = {"loss": found} if isinstance(found, Tensor) else vars(found)
+    named = {name: value for name, value in named.items() if value is not None}
+    differentiable = [value for value in named.values() if value.is_floating_point()]
+    torch.autograd.backward(differentiable, [case["cotangent"](value) for value in differentiable])
+    out = {name: value.detach() for name, value in named.items()}
+    for name, leaf in leaves.items():
+        gradient = leaf.grad
+        assert gradient is not None, name
+        whole = name == "input" and case["how"] != "sequence"
+        if isinstance(gradient, DTensor):
+            assert gradient.placements == leaf.placements, name  # pyright: ignore
+            gradient = gradient.to_local()
+        out[f"d_{name}" if whole else f"d_{name}[rank]"] = gradient
+    return out
+
+
+def two_dimensions(case: dict[str, Any]) -> dict[str, Tensor]:
+    """Tokens over one dimension of the mesh, classes over the other."""
+    head = case["head"]
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
+    hidden = distribute_tensor(head.input, mesh, [Shard(0), Replicate()]).requires_grad_()
+    weight = distribute_tensor(head.linear_weight, mesh, [Replicate(), Shard(0)]).requires_grad_()
+    target = distribute_tensor(head.target, mesh, [Shard(0), Replicate()])
+    loss = crosscut.linear_cross_entropy(hidden, weight, target, **case["options"])
+    loss.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    total = loss.detach().clone()
+    dist.all_reduce(total, group=mesh.get_group("dp"))
+    return {
+        "loss": total,
+        "d_input": hidden.grad.full_tensor(),  # pyright: ignore
+        "d_weight": weight.grad.full_tensor(),  # pyright: ignore
+    }
+
+
+def wrong_on_one(case: dict[str, Any]) -> str:
+    """What a call raises on rank 0 whose arguments do not fit on the last rank."""
+    head, group = case["head"], dist.group.WORLD
+    assert group is not None
+    size = len(head.linear_weight) // dist.get_world_size()
+    weight = head.linear_weight[:size]
+    if dist.get_rank() == dist.get_world_size() - 1:
+        if case["wrong"] == "hidden size":
+            weight = weight[:, :-1]
+        else:
+            head = replace(head, input=head.input[:-1], target=head.target[:-1])
+    try:
+        crosscut.linear_cross_entropy(head.input, vocab_shard(weight, group), head.target)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+KINDS = {"run": run, "two dimensions": two_dimensions, "wrong on one": wrong_on_one}
+
+
+def main() -> None:
+    cases, folder = sys.argv[1:]
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    found = {}
+    for name, case in torch.load(cases, weights_only=False).items():
+        function = KINDS[case.get("kind", "run")]
+        found[name] = function(case)
+        if case.get("twice"):
+            for key, value in function(case).items():  # pyright: ignore
+                assert torch.equal(value, found[name][key]), f"{name}: {key} is not repeatable"
+    torch.save(found, f"{folder}/{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
