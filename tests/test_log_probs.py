@@ -114,7 +114,7 @@ class TestLowPrecisionPolicies:
     )
     def test_several_targets(self, backend, make, dtype, policy):
         if policy.startswith("cce"):
-            pytest.skip("serves one target a token")
+            pytest.skip("serves one target per token")
         head = several_targets(make(((2, 20), 40, 190), dtype), 3)
         log_probs = partial(crosscut.linear_log_probs, backend=backend, policy=policy)
         judge(log_probs, reference_log_probs, head)
@@ -132,7 +132,7 @@ class TestPoliciesAcrossBlocks:
 
     def test_several_targets(self, dtype, policy):
         if policy.startswith("cce"):
-            pytest.skip("serves one target a token")
+            pytest.skip("serves one target per token")
         head = several_targets(sparse_head((2, 150), dtype=dtype), 3)
         if policy == "exact":
             judge(partial(crosscut.linear_log_probs, policy=policy), reference_log_probs, head)
@@ -480,7 +480,7 @@ def test_shape_of_several_targets_is_checked(shape):
 
 def test_the_papers_policies_serve_one_target():
     head = several_targets(make_head(((2, 3), 3, 7)), 2)
-    with pytest.raises(ValueError, match="serves one target a token under policy 'cce'"):
+    with pytest.raises(ValueError, match="serves one target per token under policy 'cce'"):
         crosscut.linear_log_probs(head.input, head.linear_weight, head.target, policy="cce")
 
 

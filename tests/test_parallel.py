@@ -101,7 +101,9 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     }
     for name in ("float32", "bfloat16, filtered", "DTensor, bfloat16", "statistics, float32"):
         given[name]["twice"] = True
-    for wrong in ("hidden size", "number of tokens"):
+    for kind in ("refused", "compiled"):
+        given[kind] = {"kind": kind, "head": CASES["float32"]["head"]}
+    for wrong in ("hidden size", "number of tokens", "targets"):
         given[wrong] = {"kind": "wrong on one", "wrong": wrong, "head": CASES["float32"]["head"]}
     given["ties"] = {**given["ranks"], "head": tied()}
     padded = {2: (V, 0), 4: (100, 32, 0, 0)}[world]  # what is left of chunks of a padded one
@@ -130,7 +132,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def whole(ranks: list[Any]) -> Any:
     """What all ranks found: the same, to the last bit, or a part each."""
-    if isinstance(ranks[0], str):
+    if isinstance(ranks[0], str | list):
         return ranks
     result = {}
     for name, value in ranks[0].items():
@@ -228,3 +230,20 @@ def test_what_does_not_fit_on_one_rank_ends_all(found):
         assert last in other
     for raised in found["number of tokens"]:
         assert raised.startswith("ValueError: the number of tokens of input must be the same on")
+
+
+def test_other_targets_on_one_rank_are_no_loss(found):
+    """As where FSDP has sharded a weight, and each rank has tokens of its own."""
+    for raised in found["targets"]:
+        assert raised.startswith("ValueError: target must be the same on all ranks")
+
+
+def test_functions_that_know_of_no_shards_say_so(found):
+    for of_rank in found["refused"]:
+        for raised in of_rank:
+            assert raised.startswith("TypeError: ")
+            assert "must be a plain tensor, got a DTensor" in raised
+
+
+def test_a_compiled_call_is_the_eager_one(found):
+    assert not any(value.any() for value in found["compiled"].values())

@@ -12,11 +12,13 @@ from torch.autograd import forward_ad
 
 from crosscut import backends, ops, tokens
 from crosscut.backends.protocol import HeadProblem, Statistics
+from crosscut.custom_operator import eagerly
 from crosscut.options import HeadOptions, check_integer, check_positive, check_shift
 from crosscut.parallel.agreement import LocalHead, ParallelProblem, agree
 from crosscut.parallel.operator import token_statistics as parallel_statistics
 from crosscut.parallel.placement import (
     Vocabulary,
+    is_spread,
     local_classes,
     local_tokens,
     spread_of_tokens,
@@ -71,7 +73,9 @@ def head_problem(
     if vocabulary is None:
         (hidden, classifier, target, bias), shard = checked(), None
     else:
-        (hidden, classifier, target, bias), shard = agree(vocabulary.group, checked, options)
+        (hidden, classifier, target, bias), shard = eagerly(
+            agree, vocabulary.group, checked, options
+        )
     num_classes = len(classifier) if shard is None else shard.total
     hidden, labels = tokens.flatten(
         hidden, target, num_classes, ignore_index=ignore_index, shift=shift
@@ -135,11 +139,17 @@ def _checked_head(
 
 
 def check_tensors(named: dict[str, Any]) -> None:
-    """Raise unless all are dense tensors on the first one's device, and none is dual."""
+    """Raise unless all are plain dense tensors on the first one's device, and none is dual."""
     first, like = next(iter(named.items()))
     for name, value in named.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+        if is_spread(value):
+            raise TypeError(
+                f"{name} must be a plain tensor, got a DTensor: a vocabulary that spans devices is "
+                "for linear_cross_entropy, linear_log_probs and token_statistics, by the "
+                "placement of their linear_weight"
+            )
         if value.device != like.device:
             raise ValueError(
                 f"{name} is on {value.device}, {first} is on {like.device}: "

@@ -139,6 +139,13 @@ class DifferentiableOperator(Generic[Call, Found, Cotangents]):
         )
 
 
+def eagerly(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function that PyTorch's compiler is not to look into: there the graph breaks."""
+    if torch.compiler.is_compiling():
+        function = torch.compiler.disable(function)
+    return function(*arguments)
+
+
 def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Outside of autocast on the tensor's device."""
     device = tensor.device.type

@@ -239,7 +239,8 @@ def linear_topk_kl_div(
         TypeError: a dtype or the type of an option does not fit.
         IndexError: a class is out of range, on the CPU; see :func:`linear_cross_entropy`.
     """
-    check_tensors({"input": input, "teacher_index": teacher_index, "teacher_prob": teacher_prob})
+    given = {"input": input, "linear_weight": linear_weight}
+    check_tensors(given | {"teacher_index": teacher_index, "teacher_prob": teacher_prob})
     if teacher_index.dim() != input.dim():
         raise ValueError(
             f"teacher_index must have shape [{', '.join(map(str, input.shape[:-1]))}, K], "
@@ -362,7 +363,7 @@ def _distillation_call(
 ) -> _DistillationCall:
     """The arguments of :func:`linear_kl_div`, checked; ``weights`` are token's and normalizer."""
     hidden, classifier, bias, softcap, scale = student
-    check_tensors({"input": hidden})
+    check_tensors({"input": hidden, "linear_weight": classifier})
     labels = target
     if labels is None:
         if options.hard_weight or shift:
@@ -409,7 +410,8 @@ def _teacher_problem(
 ) -> HeadProblem:
     """The teacher's head, without a gradient, checked to be one of the student's tokens."""
     hidden, classifier, bias, softcap, scale = head
-    check_tensors({"input": student.hidden, "teacher_input": hidden})
+    given = {"teacher_input": hidden, "teacher_weight": classifier}
+    check_tensors({"input": student.hidden} | given)
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(
             "teacher_input must have input's shape but for its last dimension, "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -93,16 +94,62 @@ def wrong_on_one(case: dict[str, Any]) -> str:
     if dist.get_rank() == dist.get_world_size() - 1:
         if case["wrong"] == "hidden size":
             weight = weight[:, :-1]
+        elif case["wrong"] == "targets":  # in the order of another rank's tokens
+            head = replace(head, target=head.target.flip(0))
         else:
             head = replace(head, input=head.input[:-1], target=head.target[:-1])
+    return raised(
+        crosscut.linear_cross_entropy, head.input, vocab_shard(weight, group), head.target
+    )
+
+
+def raised(function: Callable[..., Any], *arguments: Any) -> str:
     try:
-        crosscut.linear_cross_entropy(head.input, vocab_shard(weight, group), head.target)
+        function(*arguments)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
 
 
-KINDS = {"run": run, "two dimensions": two_dimensions, "wrong on one": wrong_on_one}
+def refused(case: dict[str, Any]) -> list[str]:
+    """What functions raise that know of no shards, whichever head is in shards."""
+    head, group = case["head"], dist.group.WORLD
+    assert group is not None
+    whole = head.linear_weight
+    size = len(whole) // dist.get_world_size()
+    shard = vocab_shard(whole[dist.get_rank() * size :][:size], group)
+    index, prob = torch.arange(2).expand(len(head.input), 2), torch.full((len(head.input), 2), 0.5)
+    return [
+        raised(crosscut.linear_kl_div, head.input, shard, head.input, shard),
+        raised(crosscut.linear_kl_div, head.input, whole, head.input, shard),
+        raised(crosscut.linear_topk_kl_div, head.input, shard, index, prob),
+        raised(crosscut.linear_cross_entropy, shard, whole, head.target),
+    ]
+
+
+def compiled(case: dict[str, Any]) -> dict[str, Tensor]:
+    """How far a compiled call is from an eager one: the loss, and this rank's gradient."""
+    head, group = case["head"], dist.group.WORLD
+    assert group is not None
+    size = len(head.linear_weight) // dist.get_world_size()
+    here = head.linear_weight[dist.get_rank() * size :][:size].clone().requires_grad_()
+
+    def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return 2 * crosscut.linear_cross_entropy(hidden, weight, target)
+
+    found = []
+    for function in (loss, torch.compile(loss, backend="eager")):
+        value = function(head.input, vocab_shard(here, group), head.target)
+        found.append((value.detach(), *torch.autograd.grad(value, here)))
+    return {
+        f"{i}[rank]": (a - b).abs().max()[None] for i, (a, b) in enumerate(zip(*found, strict=True))
+    }
+
+
+KINDS = {
+    "run": run, "two dimensions": two_dimensions, "wrong on one": wrong_on_one,
+    "refused": refused, "compiled": compiled,
+}  # fmt: skip
 
 
 def main() -> None:

@@ -62,7 +62,7 @@ def agree(
         head, error = check(), None
     except Exception as raised:
         head, error = None, raised
-    described = [0] * 9 if head is None else [1, len(head.classifier), *_described(head, options)]
+    described = [0] * 10 if head is None else [1, len(head.classifier), *_described(head, options)]
     by_rank = _gathered(group, described)
     if error is not None or any(not ok for ok, *_ in by_rank):
         _raise_together(group, error)
@@ -80,9 +80,16 @@ def _described(head: LocalHead, options: HeadOptions) -> list[int]:
     gradient = torch.is_grad_enabled() and hidden.requires_grad
     return [
         hidden.shape[:-1].numel(), hidden.shape[-1], dtype, int(gradient),
-        target.dim() - hidden.dim(), target.shape[-1] if target.dim() else 0,
+        target.dim() - hidden.dim(), target.shape[-1] if target.dim() else 0, _checksum(target),
         int(head.bias is not None) * (1 << 32) + zlib.crc32(repr(options).encode()),
     ]  # fmt: skip
+
+
+def _checksum(target: Tensor) -> int:
+    """A number that other targets, or those in another order, hardly have too."""
+    values = target.detach().flatten().long()
+    place = torch.arange(1, len(values) + 1, device=values.device)
+    return int(((values + 1) * place * 0x9E3779B97F4A7C1).sum())  # modulo 2**64
 
 
 def _gathered(group: ProcessGroup, values: list[int]) -> list[list[int]]:
@@ -111,7 +118,8 @@ def _check_same(by_rank: list[list[int]]) -> None:
     names = (
         "the number of tokens of input", "the hidden size of input", "the dtype of input",
         "whether input requires a gradient", "the dimensions of target",
-        "the last dimension of target", "whether there is a linear_bias, and the options",
+        "the last dimension of target", "target",
+        "whether there is a linear_bias, and the options",
     )  # fmt: skip
     for name, values in zip(names, zip(*by_rank, strict=True), strict=True):
         if len(set(values)) == 1:
@@ -121,6 +129,12 @@ def _check_same(by_rank: list[list[int]]) -> None:
             given = [_DTYPES[value] for value in values]
         elif name == names[-1]:
             given = [f"{value:x}" for value in values]
+        elif name == "target":  # by what is no value of anyone's
+            raise ValueError(
+                "target must be the same on all ranks that hold the head, and is not: input and "
+                "target are those of all of the head's tokens on each of its ranks. A weight that "
+                "FSDP has sharded is to be gathered first, as it is within the module that owns it"
+            )
         raise ValueError(
             f"{name} must be the same on all ranks that hold the head, got by rank {given}"
         )

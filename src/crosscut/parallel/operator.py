@@ -19,7 +19,7 @@ from crosscut.backends.blocks.forward import Part, combine, probe, sweep
 from crosscut.backends.blocks.logits import check_labels
 from crosscut.backends.column_filter import filters_blocks
 from crosscut.backends.protocol import Cotangents, Needs, Saved, Statistics
-from crosscut.custom_operator import no_autocast
+from crosscut.custom_operator import eagerly, no_autocast
 from crosscut.parallel.agreement import ParallelProblem
 
 
@@ -30,9 +30,8 @@ def token_statistics(problem: ParallelProblem, *, for_backward: bool) -> Statist
         ValueError: the backend or the gradient policy cannot serve a shard.
     """
     choose(problem)
-    found = _TokenStatistics.apply(
-        problem.hidden, problem.classifier, problem.bias, problem, for_backward
-    )
+    arguments = problem.hidden, problem.classifier, problem.bias, problem, for_backward
+    found = eagerly(_TokenStatistics.apply, *arguments)
     return Statistics(*found[: -len(Saved._fields)], saved=Saved(*found[-len(Saved._fields) :]))
 
 

@@ -45,7 +45,7 @@ class BlocksBackend:
         if problem.hidden.dtype not in _DTYPES:
             return f"needs bfloat16, float16, float32 or float64, got {problem.hidden.dtype}"
         if problem.labels.dim() > 1 and problem.options.paper_filter is not None:
-            return f"serves one target a token under policy {problem.options.policy!r}"
+            return f"serves one target per token under policy {problem.options.policy!r}"
         if problem.shard != WHOLE and problem.options.paper_filter is not None:
             return f"serves no shard of a vocabulary under policy {problem.options.policy!r}"
         return None

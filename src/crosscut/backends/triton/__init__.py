@@ -52,7 +52,7 @@ class TritonBackend:
         if problem.hidden.dtype not in _DTYPES:
             return f"needs bfloat16, float16 or float32, got {problem.hidden.dtype}"
         if problem.labels.dim() > 1 and problem.options.paper_filter is not None:
-            return f"serves one target a token under policy {problem.options.policy!r}"
+            return f"serves one target per token under policy {problem.options.policy!r}"
         if problem.options.policy == "filtered" and problem.hidden.dtype == torch.float32:
             return "serves policy 'filtered' in bfloat16 and float16 only"
         if device.type != "cuda":

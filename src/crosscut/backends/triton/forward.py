@@ -1,17 +1,19 @@
 """Algorithms 1 and 2 of the paper (arXiv:2411.09009), and what the column filter decides on.
 
-In stages (:mod:`crosscut.backends.stages`): a probe, a sweep over the vocabulary, and the
-combination of its parts.
+In stages: a probe of what is known before all classes are swept, a sweep over them, which leaves
+statistics of parts of the vocabulary, and their combination. Each takes what those before it
+returned, so that one can be replaced alone: a sweep in another precision, or of a shard.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from crosscut.backends.column_filter import block_tokens, mass_unit
 from crosscut.backends.protocol import HeadProblem, Statistics, own_labels
-from crosscut.backends.stages import Probe
 from crosscut.device.launch import like_or
 from crosscut.device.tiles import Kernel, choose_tiles
 from crosscut.kernels.flags import flagged_first
@@ -26,7 +28,17 @@ MOST_PROBES = 2048
 """Probe classes: the labels of the batch come first, which have most of the softmax."""
 
 
-def probe(problem: HeadProblem, *, bound: bool) -> Probe[ValidRows]:
+class Probe(NamedTuple):
+    """What is known of the tokens before the sweep."""
+
+    rows: ValidRows
+    target_logit: Tensor  # of the shape of the labels
+    own: Tensor  # [N] int64, place of each token's own class, which sums over classes leave out
+    own_logit: Tensor  # [N]
+    lower_bound: Tensor | None  # [N], of the log-sum-exp of the others; None if nobody asked
+
+
+def probe(problem: HeadProblem, *, bound: bool) -> Probe:
     """Target logits and, with ``bound``, the log-sum-exp of the probe classes as lower bound."""
     labels, num_classes = problem.places.contiguous(), len(problem.classifier)
     if labels.is_cuda:  # as PyTorch does it there: a late error, of the device
@@ -52,9 +64,7 @@ def probe(problem: HeadProblem, *, bound: bool) -> Probe[ValidRows]:
     return Probe(rows, target_logit, *own, lower_bound)
 
 
-def sweep(
-    problem: HeadProblem, probed: Probe[ValidRows], column_mass: Tensor | None
-) -> PartialStatistics:
+def sweep(problem: HeadProblem, probed: Probe, column_mass: Tensor | None) -> PartialStatistics:
     """Statistics of parts of the vocabulary.
 
     Fills ``column_mass`` [blocks, V], if it is given, but for SELECTED pairs.
@@ -118,9 +128,7 @@ def _own(problem: HeadProblem, places: Tensor, target_logit: Tensor) -> Own:
     return Own(own - problem.shard.start, torch.where(own < 0, 0, logit))
 
 
-def _filled(
-    like: Statistics, found: LinearLse, problem: HeadProblem, probed: Probe[ValidRows]
-) -> Statistics:
+def _filled(like: Statistics, found: LinearLse, problem: HeadProblem, probed: Probe) -> Statistics:
     """The statistics, with what a sweep has found."""
     log_prob = found.log_prob
     if problem.labels.dim() > 1:
@@ -145,7 +153,7 @@ def _filled(
     return like._replace(argmax=argmax, target_rank=rank)
 
 
-def _log_probs(found: LinearLse, problem: HeadProblem, probed: Probe[ValidRows]) -> Tensor:
+def _log_probs(found: LinearLse, problem: HeadProblem, probed: Probe) -> Tensor:
     """Of several targets per token, [N, K]. None but the own one has most of the softmax."""
     of_others = (probed.target_logit - found.lse[:, None]) - found.lse_compensation[:, None]
     is_own = problem.places == probed.own[:, None]
